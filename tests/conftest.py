@@ -1,0 +1,50 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# before numpy and torch are imported, and for the processes that tests start: workers of pytest-xdist share the cores
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", MPLBACKEND="agg")
+
+settings.register_profile("aimfair", deadline=None, derandomize=bool(os.environ.get("CI")))  # a busy machine is no failure
+settings.load_profile("aimfair")
+
+
+def real_data_folder():
+    "The folder with real faces, or why there is none."
+    folder = os.environ.get("AIMFAIR_DATA")
+    if not folder:
+        return None, "AIMFAIR_DATA is not set: no real faces here"
+    if not Path(folder).is_dir():
+        return None, f"AIMFAIR_DATA={folder} is not a folder"
+    return Path(folder), ""
+
+
+def pytest_collection_modifyitems(items):
+    folder, reason = real_data_folder()
+    for item in items:
+        if folder is None and item.get_closest_marker("real_data"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    "Folder of the real data sets: celeba-10k, celeba-6k, utkface-dev, sdfd."
+    folder, reason = real_data_folder()
+    if folder is None:
+        pytest.skip(reason)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def repository():
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    "The same sums on every machine. Only where a test module imported torch: importing it here would slow all others."
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)

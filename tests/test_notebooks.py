@@ -1,0 +1,195 @@
+"Notebooks, modules and README agree, and nothing is in them that does not belong there."
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+EXPERIMENTS = [path for path in NOTEBOOKS if path.parent.name == "experiments"]
+MODULES = sorted(path for path in (ROOT / "aimfair").glob("*.py") if not path.stem.startswith("_"))
+# in the order the data flow: a module imports only modules to its left
+ORDER = (
+    "metrics data toyfaces prompts t2i synthesis training sensitivity finetuning baselines pipeline experiments report cli"
+).split()
+
+MACHINE_PATH = re.compile(r"(?<![\w.:/<-])/(?:home|root|tmp|work|Users|private|opt|mnt|srv|var)/[\w.]|\b[A-Z]:\\\\?Users\b")
+SECRET = re.compile(
+    r"\b(?:sk-[A-Za-z0-9_-]{20,}|hf_[A-Za-z0-9]{20,}|gh[opsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[A-Z0-9]{16}|xox[abp]-[\w-]{10,})"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|[Bb]earer [A-Za-z0-9_\-.]{20,}"
+    r"|(?i:api_?key|secret|token|password)\"?'? *[=:] *[\"'][A-Za-z0-9_\-]{16,}[\"']"
+)
+
+
+def notebook_id(path):
+    return path.relative_to(ROOT / "nbs").as_posix()
+
+
+def each_notebook(function):
+    return pytest.mark.parametrize("path", NOTEBOOKS, ids=notebook_id)(function)
+
+
+def cells(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def output_texts(cell):
+    "Every text an output shows; pictures are left out, as their base64 may spell anything."
+    for output in cell.get("outputs", []):
+        yield "".join(output.get("text", ""))
+        yield "\n".join(output.get("traceback", []))
+        for mime, data in output.get("data", {}).items():
+            if not mime.startswith(("image/", "application/pdf")):
+                yield re.sub(r"data:image/[^\"')]*", "", "".join(data) if isinstance(data, list) else str(data))
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    "A copy of settings and notebooks, with an empty package; tests may change it."
+    folder = tmp_path_factory.mktemp("copy")
+    shutil.copy(ROOT / "settings.ini", folder)
+    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    (folder / "aimfair").mkdir()
+    return folder
+
+
+def run(*arguments, cwd):
+    environment = {**os.environ, "PYTHONPATH": "", "XDG_CONFIG_HOME": str(cwd)}  # nobody's own nbdev settings
+    result = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def exported(copy):
+    run("-c", "from nbdev.doclinks import nbdev_export; nbdev_export()", cwd=copy)
+    return copy / "aimfair"
+
+
+def test_modules_in_sync_with_notebooks(exported):
+    "What the notebooks export is what is committed, byte for byte; no module is without a notebook."
+    fresh = {path.name: path.read_bytes() for path in exported.glob("*.py")}
+    committed = {path.name: path.read_bytes() for path in (ROOT / "aimfair").glob("*.py")}
+    # __init__.py: nbdev writes the version into it, and keeps the rest
+    fresh.pop("__init__.py")
+    committed.pop("__init__.py")
+    differ = sorted(name for name in fresh.keys() | committed.keys() if fresh.get(name) != committed.get(name))
+    assert not differ, f"notebooks and modules differ in {', '.join(differ)}: run `make export`"
+
+
+def test_version_in_sync_with_settings():
+    version = re.search(r"^version = (\S+)$", (ROOT / "settings.ini").read_text(), re.M)[1]
+    assert re.search(r'^__version__ = "(.*)"$', (ROOT / "aimfair" / "__init__.py").read_text(), re.M)[1] == version
+
+
+def test_readme_in_sync_with_index(tmp_path):
+    result = subprocess.run(
+        ["make", "--silent", "readme", f"README={tmp_path / 'README.md'}", f"BIN={Path(sys.executable).parent}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    same = (tmp_path / "README.md").read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert same, "README.md is not what nbs/index.ipynb says: run `make export`"
+
+
+@pytest.fixture(scope="module")
+def cleaned(copy):
+    run("-c", "from nbdev.clean import nbdev_clean; nbdev_clean()", cwd=copy)
+    return copy / "nbs"
+
+
+@each_notebook
+def test_notebook_is_clean(path, cleaned):
+    same = (cleaned / notebook_id(path)).read_bytes() == path.read_bytes()  # outside of assert: no one wants to read a diff of pictures
+    assert same, "cleaning would change this notebook: run `nbdev_clean`"
+
+
+@each_notebook
+def test_notebook_opens_as_a_chapter(path):
+    first = cells(path)[0]
+    assert first["cell_type"] == "markdown"
+    opening = source(first)[:200]
+    assert re.match(r"# .+\n+> .+", opening), f"the first cell is '# title' and '> one-line description', but starts with {opening!r}"
+
+
+@each_notebook
+def test_notebook_was_run_without_an_error(path):
+    failed = [output["ename"] for cell in cells(path) for output in cell.get("outputs", []) if output["output_type"] == "error"]
+    assert not failed
+
+
+@each_notebook
+def test_notebook_has_no_machine_paths(path):
+    for number, cell in enumerate(cells(path)):
+        found = [match[0] for text in (source(cell), *output_texts(cell)) for match in MACHINE_PATH.finditer(text)]
+        assert not found, f"cell {number} names {found[0]}..."
+
+
+@each_notebook
+def test_notebook_has_no_secrets(path):
+    for number, cell in enumerate(cells(path)):
+        assert not any(SECRET.search(text) for text in (source(cell), *output_texts(cell))), f"cell {number}: looks like a secret"
+
+
+@each_notebook
+def test_notebook_is_small(path):
+    assert path.stat().st_size < 1_500_000
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=notebook_id)
+def test_experiment_keeps_its_parameters_cell(path, cleaned):
+    for notebook in (path, cleaned / notebook_id(path)):
+        tagged = [cell for cell in cells(notebook) if "parameters" in cell["metadata"].get("tags", [])]
+        assert len(tagged) == 1 and tagged[0]["cell_type"] == "code"
+
+
+def test_links_lead_somewhere():
+    for path in NOTEBOOKS:
+        for cell in cells(path):
+            if cell["cell_type"] != "markdown":
+                continue
+            for target in re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", source(cell)):
+                assert ":" in target or (path.parent / target).exists(), f"{notebook_id(path)} links to {target}, which is not there"
+
+
+def imported_modules(tree):
+    "Names of the sibling modules that are imported anywhere in a module, inside functions too."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = "aimfair." if node.level else ""
+            base = package + (node.module or "")
+            names = [base, *(f"{base.rstrip('.')}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith("aimfair.") and name.split(".")[1] in ORDER)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_module_imports_only_modules_above_it(path):
+    assert path.stem in ORDER, f"{path.stem} has no place in the list of modules"
+    above = ORDER[: ORDER.index(path.stem)]
+    below = sorted(set(imported_modules(ast.parse(path.read_text(encoding="utf-8")))) - set(above))
+    assert not below, f"aimfair.{path.stem} imports {', '.join(below)}, which it must not know"
+
+
+def python_examples(text):
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
+def test_readme_examples_name_what_exists():
+    for example in python_examples((ROOT / "README.md").read_text()):
+        imports = [node for node in ast.parse(example).body if isinstance(node, ast.ImportFrom) and node.module.startswith("aimfair")]
+        exec(compile(ast.Module(imports, []), "README.md", "exec"), {})

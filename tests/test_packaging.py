@@ -1,0 +1,176 @@
+"A wheel and an sdist hold all that is needed outside a checkout, and the package stays light to import."
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".ipynb_checkpoints")
+SOURCES = "settings.ini setup.py pyproject.toml MANIFEST.in Makefile constraints.txt LICENSE README.md CHANGELOG.md CONTRIBUTING.md".split()
+HEAVY = {"torch", "torchvision", "pandas", "numpy", "matplotlib", "diffusers", "transformers", "fairlearn", "papermill"}
+
+
+def settings():
+    config = configparser.ConfigParser(delimiters=["="], interpolation=None)
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+def run(*command, cwd, timeout=600, **environment):
+    "Runs a command outside the checkout: no variable points back into it."
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    result = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env={**clean, **environment}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=timeout,
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    "The sdist of a copy of the sources, and the wheel that is built from nothing but that sdist."
+    folder = tmp_path_factory.mktemp("distributions")
+    checkout = folder / "checkout"
+    checkout.mkdir()
+    for name in SOURCES:
+        shutil.copy(ROOT / name, checkout)
+    for name in ("aimfair", "nbs", "tests"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=IGNORED)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", checkout, cwd=folder)
+    wheel, = (folder / "dist").glob("*.whl")
+    sdist, = (folder / "dist").glob("*.tar.gz")
+    return wheel, sdist
+
+
+def relative_files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+
+
+def test_wheel_holds_modules_assets_and_experiment_notebooks(distributions):
+    wheel, _ = distributions
+    expected = {f"aimfair/{name}" for name in relative_files(ROOT / "aimfair")}
+    expected |= {f"aimfair/assets/experiments/{path.name}" for path in (ROOT / "nbs" / "experiments").glob("*.ipynb")}
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        for path in (ROOT / "nbs" / "experiments").glob("*.ipynb"):
+            assert archive.read(f"aimfair/assets/experiments/{path.name}") == path.read_bytes()
+    assert sorted(names) == sorted(expected)
+
+
+def test_wheel_is_described(distributions):
+    wheel, _ = distributions
+    with zipfile.ZipFile(wheel) as archive:
+        info, = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+        metadata = archive.read(f"{info}/METADATA").decode()
+        scripts = archive.read(f"{info}/entry_points.txt").decode()
+        assert any(name.startswith(info) and name.endswith("LICENSE") for name in archive.namelist())
+    assert re.search(r"^Name: aimfair$", metadata, re.M)
+    assert re.search(rf"^Version: {re.escape(settings()['version'])}$", metadata, re.M)
+    assert re.search(r"^License(-Expression)?: Apache-2.0$", metadata, re.M)
+    assert re.search(rf"^Requires-Python: >={settings()['min_python']}$", metadata, re.M)
+    assert set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M)) == {"lab", "llm", "hub", "timm", "dev"}
+    assert "aimfair = aimfair.cli:main" in scripts
+
+
+def test_sdist_holds_the_sources(distributions):
+    _, sdist = distributions
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    notebooks = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts}
+    assert names >= {*SOURCES, *notebooks, *(f"aimfair/{name}" for name in relative_files(ROOT / "aimfair"))}
+
+
+def test_every_requirement_has_a_tested_version():
+    "constraints.txt pins all that settings.ini asks for, once for each Python it may be installed on."
+    def name(requirement):
+        return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r'[\w.-]+==[\w.!]+(; python_version (<|>=) "3\.\d+")?', line) for line in lines)
+    assert len(set(lines)) == len(lines)
+    asked = [name(requirement) for key in ("requirements", "lab_requirements", "hub_requirements", "timm_requirements", "dev_requirements")
+             for requirement in settings()[key].split()]
+    assert set(asked) <= {name(line) for line in lines}
+
+
+def shortest(measure, repeats=7):
+    "Of several fresh processes: other work on the machine can only lengthen a run."
+    return min(measure() for _ in range(repeats))
+
+
+def python(code):
+    return run(sys.executable, "-c", code, cwd=ROOT.parent, timeout=60)
+
+
+def loaded_by(code):
+    return HEAVY & set(python(f"{code}\nimport sys; print(' '.join(sys.modules))").splitlines()[-1].split())
+
+
+def test_import_is_light():
+    assert not loaded_by("import aimfair")
+    assert shortest(lambda: float(python("import time; start = time.perf_counter(); import aimfair; print(time.perf_counter() - start)"))) < 0.3
+
+
+def test_help_is_light():
+    command = "import sys; sys.argv = ['aimfair', '--help']; from aimfair.cli import main"  # what the installed script does
+
+    def whole_process():
+        start = time.perf_counter()
+        assert "reproduce" in python(f"{command}; sys.exit(main())")
+        return time.perf_counter() - start
+
+    assert not loaded_by(f"{command}\ntry: main()\nexcept SystemExit: pass")
+    assert shortest(whole_process) < 1
+
+
+@pytest.fixture(scope="module")
+def installed(distributions, tmp_path_factory):
+    "An empty environment into which the wheel was installed, with the tested versions and no extras."
+    wheel, _ = distributions
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder / "env", with_pip=True)
+    binaries = folder / "env" / ("Scripts" if os.name == "nt" else "bin")
+    try:
+        run(binaries / "python", "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel, cwd=folder, timeout=1800)
+        yield binaries
+    finally:
+        shutil.rmtree(folder / "env", ignore_errors=True)  # several GB
+
+
+@pytest.mark.slow
+class TestInstalledWheel:
+    "Outside the checkout, in an environment with the wheel and its requirements only."
+
+    def test_imports_from_the_environment(self, installed, tmp_path):
+        place = run(installed / "python", "-c", "import aimfair; print(aimfair.__file__)", cwd=tmp_path).strip()
+        assert Path(place).is_relative_to(installed.parent)
+
+    def test_requirements_fit_together(self, installed, tmp_path):
+        run(installed / "python", "-m", "pip", "check", cwd=tmp_path)
+
+    def test_every_module_imports_without_extras(self, installed, tmp_path):
+        names = [path.stem for path in (ROOT / "aimfair").glob("*.py") if not path.stem.startswith("_")]
+        run(installed / "python", "-c", "; ".join(f"import aimfair.{name}" for name in names), cwd=tmp_path)
+
+    def test_help(self, installed, tmp_path):
+        assert "reproduce" in run(installed / "aimfair", "--help", cwd=tmp_path)
+
+    def test_assets_are_there(self, installed, tmp_path):
+        code = "from importlib.resources import files; print(*(f.name for f in (files('aimfair') / 'assets').iterdir()))"
+        assert "experiments" in run(installed / "python", "-c", code, cwd=tmp_path).split() or not any(
+            (ROOT / "nbs" / "experiments").glob("*.ipynb"))
+
+    def test_reproduce_outside_the_checkout(self, installed, tmp_path):
+        "To be extended: a small run, end to end, with its tables."
+        assert "--profile" in run(installed / "aimfair", "reproduce", "--help", cwd=tmp_path, NO_COLOR="1", COLUMNS="200")

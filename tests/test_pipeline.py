@@ -1,0 +1,545 @@
+"The method as one object and as one command: unknown models, no group labels, faults, and runs that are killed."
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from aimfair.data import DataError, Faces
+from aimfair.pipeline import AIMFair, debias, faces_table, hold_out, image_size, model_from
+from aimfair.sensitivity import group_indices
+from aimfair.training import TrainConfig, WeightsError, fit, narrow_resnet18, read_weights, seeded
+
+FOUR = [(0, 0), (0, 1), (1, 0), (1, 1)]
+BIASED = {(0, 1): 9, (1, 0): 9, (0, 0): 1, (1, 1): 1}
+MILD = {"scale": (0.7, 1), "flip": 0, "milestones": ()}
+QUICK = TrainConfig(epochs=1, batch_size=32, lr=0.01, **MILD)
+RUN = {"config": QUICK, "gradient_batch_size": 16, "device": "cpu", "progress": False}
+
+# pool and real sets of a few images only: what they show is checked elsewhere
+pytestmark = pytest.mark.filterwarnings("ignore:The model handed in gets", "ignore:no sample with")
+
+
+def times(counts, n):
+    return {g: n * c for g, c in counts.items()}
+
+
+def ramps(counts, seed, photo=True, size=32):
+    "Faint ramps (the target: their direction) with a colour cast (the protected attribute): {(target, protected): images} -> Faces."
+    rng = np.random.default_rng(seed)
+    t, p = np.repeat(np.array(list(counts)), list(counts.values()), axis=0)[rng.permutation(sum(counts.values()))].T
+    n, u = len(t), np.linspace(-1, 1, size)
+    angle = np.pi * (1 - t[:, None, None]) if t.max() < 2 else 2 * np.pi * t[:, None, None] / 3
+    ramp = rng.uniform(0, 0.4, (n, 1, 1)) * (np.cos(angle) * u + np.sin(angle) * u[:, None])
+    ramp = ramp + rng.uniform(-0.3, 0.3, (n, 1, 1)) * u[:, None]
+    cast = rng.normal(30, 12, (n, 1, 1)) * (2 * p[:, None, None] - 1)
+    x = np.stack([128 + 45 * ramp + cast, 128 + 45 * ramp, 128 + 45 * ramp - cast], 1)
+    x = x * rng.uniform(0.7, 1.1, (n, 1, 1, 1)) + rng.normal(0, 28, x.shape) if photo else x + rng.normal(0, 8, x.shape)
+    return Faces.from_arrays(x.clip(0, 255).astype(np.uint8), t, p)
+
+
+class PoisonedFaces(Faces):
+    "Faces whose groups nobody may look at."
+    @property
+    def protected(self):
+        raise AssertionError("the groups of real images were read")
+
+    @protected.setter
+    def protected(self, value):
+        pass
+
+
+def poisoned(faces):
+    return PoisonedFaces(faces._sources, faces._source, faces._row, faces.target, faces.protected, faces.ids)
+
+
+def sets(size=32, n=4, groups=BIASED):
+    return {"real": ramps(times(groups, n), 0, size=size), "val": ramps(times(groups, 2), 1, size=size),
+            "synthetic": ramps({g: 22 for g in groups}, 2, photo=False, size=size)}
+
+
+@pytest.fixture(scope="module")
+def small():
+    return sets()
+
+
+@pytest.fixture(scope="module")
+def network():
+    with seeded(0):
+        return narrow_resnet18(8)
+
+
+def same_state(a, b):
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def moved(before, after):
+    return [n for (n, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if not torch.equal(a, b)]
+
+
+class Answer(SimpleNamespace):
+    "An output as model libraries return it."
+
+
+class OddNet(nn.Module):
+    "A network as people write them: names of its own, no batch norm, a `view`, an output object, the head not last."
+
+    def __init__(self, n_outputs):
+        super().__init__()
+        self.Entscheidung = nn.Linear(8 * 16, n_outputs)
+        self.stamm_1, self.ψ = nn.Conv2d(3, 8, 5, stride=4), nn.ModuleDict({"mitte": nn.Conv2d(8, 8, 3, padding=1)})
+        self.schräg = nn.Parameter(torch.zeros(8, 1, 1))
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, bilder):
+        x = self.stamm_1(bilder).relu()
+        x = nn.functional.adaptive_avg_pool2d(x + self.ψ["mitte"](x).relu() + self.schräg, 4)
+        return Answer(logits=self.Entscheidung(self.drop(x).view(x.shape[0], -1)), features=x)
+
+
+def odd_net(n_outputs=1, seed=0):
+    with seeded(seed):
+        return OddNet(n_outputs)
+
+
+# --- fairer
+
+
+def test_a_biased_model_becomes_fairer():
+    "The paper's claim at the size of a test: the worst group gains much, on synthetic images put aside and on real ones."
+    real, val = ramps(times(BIASED, 50), 0), ramps(times(BIASED, 10), 1)
+    pool, test = ramps(dict.fromkeys(FOUR, 250), 3, photo=False), ramps(dict.fromkeys(FOUR, 150), 2)
+    with seeded(0):
+        start = narrow_resnet18(8)
+    biased = fit(start, real, val, config=TrainConfig(epochs=3, batch_size=64, lr=0.02, **MILD), device="cpu", progress=False).model
+    before = copy.deepcopy(biased.state_dict())
+    config = TrainConfig(epochs=4, batch_size=64, lr=0.03, **MILD)
+    result = AIMFair(biased, **{**RUN, "config": config}).fit(real=poisoned(real), synthetic=pool, val=poisoned(val), test=test)
+    report = result.report
+    for images, least in (("synthetic", 0.3), ("test", 0.2)):
+        worst_before, worst_after = report.value(images, "worst_group_accuracy")
+        assert worst_after > worst_before + least, report
+        assert report.value(images, "equalized_odds")[1] < report.value(images, "equalized_odds")[0] - 0.2, report
+    assert report.setup["majority"] == ["0_1", "1_0"] and report.setup["majority_source"] == "model"
+    assert report.setup["images"] == {"real": 1000, "validation": 200, "synthetic_biased": 500, "synthetic_balanced": 900,
+                                      "synthetic_held_out": 100, "test": 600}
+    assert same_state(before, biased.state_dict())
+    assert sorted(moved(biased, result.model)) == sorted(result.mask)
+    assert list(result.sensitivity.index[result.sensitivity.selected]) == result.mask
+
+
+# --- models never seen
+
+
+def vision_transformer():
+    timm = pytest.importorskip("timm")
+    with seeded(0):
+        return timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=64, num_classes=2, depth=2)
+
+
+def test_vision_transformer():
+    model, images = vision_transformer(), sets(size=64, n=2)
+    before, mode = copy.deepcopy(model.state_dict()), model.training
+    result = AIMFair(model, **RUN).fit(**images)
+    assert same_state(before, model.state_dict()) and model.training == mode
+    assert moved(model, result.model) and set(moved(model, result.model)) <= set(result.mask)
+    assert len(result.sensitivity) == len(list(model.parameters()))
+    assert type(result.model) is type(model) and not result.model.training
+    assert image_size(model) == 64
+
+
+def test_odd_network_without_batch_norm(small):
+    model = odd_net()
+    model.ψ.requires_grad_(False)  # someone froze a layer; the mask decides
+    before = copy.deepcopy(model.state_dict())
+    result = AIMFair(model, **RUN).fit(**small)
+    assert same_state(before, model.state_dict()) and model.training and not model._forward_pre_hooks
+    assert [p.requires_grad for p in result.model.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert type(result.model) is OddNet and not result.model._forward_pre_hooks
+    assert set(moved(model, result.model)) == set(result.mask) < set(dict(model.named_parameters()))
+    x = torch.zeros(1, 3, 32, 32)
+    assert result.model(x).logits.shape == (1, 1)
+
+
+def test_three_classes_and_three_groups():
+    groups = {(t, p): 1 + 8 * (t == p) for t in range(3) for p in range(3)}
+    images = sets(groups=groups)
+    result = AIMFair(odd_net(3), bias=0.25, majority={0: 0, 1: 1, 2: 2}, **RUN).fit(**images, test=ramps(dict.fromkeys(groups, 3), 5))
+    setup = result.report.setup
+    # of 22 a group 2 are put aside; 20 + 2 * 5 a target
+    assert setup["images"]["synthetic_biased"] == 3 * (20 + 5 + 5) and setup["images"]["synthetic_balanced"] == 9 * 20
+    assert setup["majority"] == ["0_0", "1_1", "2_2"] and setup["majority_source"] == "given"
+    assert len([1 for images, figure in result.report.figures.index if images == "test" and figure[0].isdigit()]) == 9
+    assert "given by the user" in repr(result)
+
+
+@pytest.mark.parametrize("n_outputs", [1, 2])
+def test_normalisation_of_the_model_is_respected(small, n_outputs):
+    "A model that wants ImageNet's values, and one with that step inside, end up with the same bits."
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    class Inside(OddNet):
+        def forward(self, x):
+            x = (x * 0.5 + 0.5 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+            return super().forward(x)
+
+    plain, inside = odd_net(n_outputs), Inside(n_outputs)
+    inside.load_state_dict(plain.state_dict())
+    told = AIMFair(plain, mean=mean, std=std, **RUN).fit(**small)
+    assert same_state(told.model.state_dict(), AIMFair(inside, **RUN).fit(**small).model.state_dict())
+    assert not same_state(told.model.state_dict(), AIMFair(plain, **RUN).fit(**small).model.state_dict())
+
+
+@pytest.mark.parametrize(("strategy", "tensors"), [("full", 62), ("linear_probe", 2)])
+def test_other_strategies(network, small, strategy, tensors):
+    result = AIMFair(network, strategy=strategy, **RUN).fit(**small)
+    assert len(result.mask) == tensors == result.report.setup["updated"] and result.sensitivity is None
+    assert set(moved(network, result.model)) <= set(result.mask)
+
+
+def test_batch_norm_statistics_stay_when_asked(network, small):
+    still, drift = (AIMFair(network, freeze_batchnorm=f, **RUN).fit(**small).model for f in (True, False))
+    mean = "layer1.0.bn1.running_mean"
+    assert torch.equal(still.state_dict()[mean], network.state_dict()[mean])
+    assert not torch.equal(drift.state_dict()[mean], network.state_dict()[mean])
+
+
+# --- no group labels, and the same numbers
+
+
+def test_groups_of_real_images_are_never_read(network, small):
+    rng = np.random.default_rng(0)
+    plain = AIMFair(network, **RUN).fit(**small)
+    for hide in (poisoned, lambda f: f.without_groups(),
+                 lambda f: Faces(f._sources, f._source, f._row, f.target, rng.permutation(f.protected), f.ids)):
+        other = AIMFair(network, **RUN).fit(**{**small, "real": hide(small["real"]), "val": hide(small["val"])})
+        assert same_state(plain.model.state_dict(), other.model.state_dict())
+        assert plain.report.to_dict() == other.report.to_dict()
+
+
+def test_test_images_without_groups_give_accuracy_alone(network, small):
+    test = ramps(times(BIASED, 3), 9)
+    known, unknown = (AIMFair(network, **RUN).fit(**small, test=f).report for f in (test, test.without_groups()))
+    assert unknown.value("test", "accuracy") == known.value("test", "accuracy")
+    assert [f for s, f in unknown.figures.index if s == "test"] == ["accuracy"]
+    assert "worst_group_accuracy" in [f for s, f in known.figures.index if s == "test"]
+
+
+def test_held_out_images_are_not_learned_from(small):
+    train, aside = hold_out(small["synthetic"])
+    assert not set(train.ids) & set(aside.ids) and len(train) + len(aside) == len(small["synthetic"])
+    assert {len(i) for i in group_indices(aside).values()} == {2}
+
+
+def test_a_seed_gives_one_result(network, small):
+    one, two, other = (AIMFair(network, seed=s, **RUN).fit(**small) for s in (0, 0, 1))
+    assert same_state(one.model.state_dict(), two.model.state_dict()) and one.report.to_dict() == two.report.to_dict()
+    assert not same_state(one.model.state_dict(), other.model.state_dict())
+
+
+def test_global_random_state_is_neither_read_nor_moved(network, small):
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        state = torch.get_rng_state()
+        results.append(AIMFair(network, **RUN).fit(**small).model.state_dict())
+        assert torch.equal(state, torch.get_rng_state())
+    assert same_state(*results)
+
+
+# --- reports and folders
+
+
+def test_report_is_strict_json_and_displays(network, small, tmp_path):
+    test = ramps({(0, 0): 4, (0, 1): 4, (1, 0): 4}, 9)  # an empty cell: undefined, never perfect
+    result = AIMFair(network, **RUN).fit(**small, test=test)
+    folder = result.save(tmp_path / "out")
+    report = json.loads((folder / "report.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} in JSON"))
+    assert report["figures"]["test"]["worst_group_accuracy"]["after"] is None
+    assert report["figures"]["synthetic"]["accuracy"]["n"] == 8
+    assert json.loads((folder / "mask.json").read_text()) == result.mask
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "sensitivity.csv", index_col=0), result.sensitivity, check_exact=False)
+    assert "undefined" in result._repr_markdown_() and "Taken as frequent" in result._repr_html_()
+    assert same_state(read_weights(folder / "model.safetensors"), result.model.state_dict())
+
+
+def test_saving_overwrites_only_when_asked_and_leaves_nothing_half(network, small, tmp_path, monkeypatch):
+    result = AIMFair(network, **RUN).fit(**small)
+    folder = result.save(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="not empty"):
+        result.save(folder)
+    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(OSError, match="disk full"):
+            result.save(target, overwrite=True)
+    assert os.listdir(tmp_path) == ["out"] and (folder / "history.csv").is_file()
+
+
+# --- mistakes, told in a line
+
+
+def tail(faces, n=200, **changes):
+    fields = {"target": faces.target[:n], "protected": faces.protected[:n]} | changes
+    return Faces.from_arrays(faces.gather(slice(0, n)), **fields)
+
+
+MISTAKES = {
+    "one group": (lambda s: {"synthetic": tail(s["synthetic"], protected=0 * s["synthetic"].protected)}, "1 value of the protected"),
+    "groups unknown": (lambda s: {"synthetic": s["synthetic"].without_groups()}, "no protected attribute"),
+    "a small pool": (lambda s: {"synthetic": tail(s["synthetic"], 30)}, "at least 10 are needed"),
+    "other sizes": (lambda s: {"real": sets(size=16)["real"]}, "real has images of 16 x 16, the synthetic ones are 32 x 32"),
+    "targets out of range": (lambda s: {"val": tail(s["val"], target=s["val"].target[:200] * 2)}, "val has the target 2"),
+    "negative targets": (lambda s: {"real": tail(s["real"], target=s["real"].target[:200] - 1)}, "real has the target -1"),
+    "one class": (lambda s: {"real": s["real"].select(s["real"].target == 1)}, "all of target 1"),
+    "no validation image": (lambda s: {"val": s["val"].select([])}, "val is empty"),
+    "no real image": (lambda s: {"real": s["real"].select([])}, "real is empty"),
+    "no validation set": (lambda s: {"val": None}, "val is a NoneType; expected Faces"),
+    "no such folder": (lambda s: {"synthetic": "nowhere"}, "nowhere: no such file or folder"),
+    "a table": (lambda s: {"synthetic": pd.DataFrame()}, "synthetic is a DataFrame"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_images(network, small, mistake):
+    change, message = MISTAKES[mistake]
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        AIMFair(network, **RUN).fit(**{**small, **change(small)})
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"k": 0}, "k=0 is not a whole number from 1 to 62"), ({"k": 63}, "from 1 to 62"), ({"k": 2.5}, "k=2.5"),
+    ({"bias": 1}, "bias is 1"), ({"bias": -0.1}, "bias is -0.1"), ({"strategy": "some"}, "choose selective"),
+    ({"gradient_batch_size": 1}, "expected 2 or more"), ({"mean": (0, 0, 0)}, "three numbers each"),
+    ({"mean": (0, 0, 0), "std": (1, 0, 1)}, "above 0"), ({"model": "resnet18"}, "model is a str"), ({"model": nn.ReLU()}, "no parameters"),
+])
+def test_mistakes_in_options(network, options, message):
+    with pytest.raises(ValueError, match=message):
+        AIMFair(**{"model": network, **RUN, **options})
+
+
+def test_mistakes_met_on_the_way(network, small):
+    with pytest.raises(ValueError, match="OddNet has 1 output for 3 classes; expected 3"):
+        AIMFair(odd_net(1), **RUN).fit(**sets(groups={(t, p): 2 for t in range(3) for p in range(2)}))
+    with pytest.raises(ValueError, match="has 1000 outputs for 2 classes; expected 1 or 2"):
+        AIMFair(odd_net(1000), **RUN).fit(**small)
+    with pytest.raises(ValueError, match="does not work on images of 32 x 32: "):
+        AIMFair(vision_transformer(), **RUN).fit(**small)
+    with pytest.raises(ValueError, match="a group that the synthetic images lack"):
+        AIMFair(network, majority="0_1,1_2", **RUN).fit(**small)
+    with pytest.raises(DataError, match="too small for bias 0.001"):
+        AIMFair(network, bias=0.001, **RUN).fit(**small)
+
+
+def test_a_k_that_selects_nothing_names_one_that_does(small):
+    with pytest.raises(ValueError, match="k=1 selects no tensor: the two rankings first meet at k="):
+        AIMFair(odd_net(), k=1, **RUN).fit(**small)
+
+
+def test_a_batch_larger_than_a_set_shrinks_and_says_so(network, small):
+    with pytest.warns(UserWarning, match="batches of 44 instead of 500: the set synthetic_biased"):
+        result = AIMFair(network, **{**RUN, "gradient_batch_size": 500}).fit(**small)
+    assert result.report.setup["gradient_batch_size"] == 44 and "44 instead of 500" in result._repr_markdown_()
+
+
+@pytest.mark.filterwarnings("default:The model handed in gets")
+def test_a_model_no_better_than_chance_is_questioned(network, small):
+    wrong = tail(small["val"], target=1 - small["val"].target)
+    with pytest.warns(UserWarning, match="size and normalisation"):
+        for val in (small["val"], wrong):  # a model can't be good at both
+            AIMFair(network, **RUN).fit(**{**small, "val": val})
+
+
+# --- killed and continued, in one process
+
+
+def test_interrupted_run_ends_with_the_same_bits(network, small, tmp_path, monkeypatch):
+    whole = AIMFair(network, **{**RUN, "config": QUICK.model_copy(update={"epochs": 2})})
+    expected, passes = whole.fit(**small), []
+    real_pass = AIMFair._pass
+
+    def interrupted(self, model, name, *rest):
+        passes.append(name)
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        return real_pass(self, model, name, *rest)
+
+    monkeypatch.setattr(AIMFair, "_pass", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        whole.fit(**small, checkpoint=tmp_path / "kept")
+    result = whole.fit(**small, checkpoint=tmp_path / "kept")
+    assert passes == ["real", "synthetic_biased", "synthetic_balanced", "synthetic_balanced"]
+    assert same_state(result.model.state_dict(), expected.model.state_dict())
+    assert result.report.to_dict() == expected.report.to_dict()
+    pd.testing.assert_frame_equal(result.sensitivity, expected.sensitivity, check_exact=True)
+
+
+@pytest.mark.parametrize("change", ["model", "images", "option"])
+def test_a_checkpoint_of_another_run_is_refused(network, small, tmp_path, change):
+    AIMFair(network, **RUN).fit(**small, checkpoint=tmp_path)
+    model = odd_net() if change == "model" else network
+    images = {**small, "real": ramps(times(BIASED, 4), 7)} if change == "images" else small
+    with pytest.raises(ValueError, match="unfinished work of another run"):
+        AIMFair(model, **(RUN | {"seed": 1} if change == "option" else RUN)).fit(**images, checkpoint=tmp_path)
+
+
+# --- from files
+
+
+def write_images(root, faces, by_group=False):
+    "PNG files and, unless they lie in folders by group, a labels CSV."
+    groups = [f"{t}_{p}/" if by_group else "" for t, p in zip(faces.target, faces.protected, strict=True)]
+    names = [f"{group}{i:04d}.png" for i, group in enumerate(groups)]
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(faces.gather(i)[0].numpy().transpose(1, 2, 0)).save(root / name)
+    return pd.DataFrame({"image": names, "target": faces.target, "protected": faces.protected})
+
+
+NET = "from aimfair.training import narrow_resnet18\n\ndef build():\n    return narrow_resnet18(8)\n"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    "A user's folder: photos with labels, synthetic images by group, a network in a file, and its weights."
+    root = tmp_path_factory.mktemp("user")
+    for name, seed in (("real", 0), ("val", 1), ("test", 2)):
+        table = write_images(root / name, ramps(times(BIASED, 3), seed))
+        table.to_csv(root / name / "labels.csv", index=False)
+    write_images(root / "synthetic", ramps(dict.fromkeys(FOUR, 12), 3, photo=False), by_group=True)
+    (root / "net.py").write_text(NET)
+    with seeded(0):
+        torch.save(narrow_resnet18(8).state_dict(), root / "biased.pt")
+    return root
+
+
+def options(root, out="fairer", **changes):
+    return {"model": f"{root}/net.py:build", "weights": f"{root}/biased.pt", "real": f"{root}/real/labels.csv", "val": f"{root}/val",
+            "synthetic": f"{root}/synthetic", "test": f"{root}/test/labels.csv", "out": f"{root}/{out}", "epochs": 2, "batch_size": 16,
+            "lr": 0.01, "size": 32, "device": "cpu", "cache": f"{root}/cache", "progress": False, **changes}
+
+
+RESULT = ["history.csv", "mask.json", "model.safetensors", "report.json", "report.md", "run.json", "sensitivity.csv"]
+
+
+def contents(folder):
+    return {f.name: f.read_bytes() for f in sorted(Path(folder).iterdir())}
+
+
+def test_files_in_files_out_and_nothing_twice(files):
+    first = debias(**options(files, "once"))
+    assert first.computed and sorted(contents(first.folder)) == RESULT and not (files / "once.partial").exists()
+    before = contents(first.folder)
+    again = debias(**options(files, "once", device=None))
+    assert not again.computed and "was done already" in str(again) and contents(first.folder) == before
+    for change, message in (({"k": 40}, "k was None, is 40"), ({"seed": 3}, "seed was 0, is 3"), ({"lr": 0.02}, "lr was 0.01, is 0.02"),
+                            ({"real": f"{files}/test"}, r"real \(contents\) was"), ({"test": None}, r"test \(contents\) was .* is None")):
+        with pytest.raises(ValueError, match=message):
+            debias(**options(files, "once", **change))
+    assert contents(first.folder) == before
+    report = json.loads((first.folder / "report.json").read_text())
+    assert set(report["figures"]) == {"validation", "synthetic", "test"} and "0_0" in report["figures"]["test"]
+    assert str(files) not in (first.folder / "report.json").read_text() + (first.folder / "run.json").read_text()
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(files):
+    with pytest.raises(FileExistsError, match="is not a result of debias"):
+        debias(**options(files, "real"))
+    (files / "empty").mkdir(exist_ok=True)
+    with pytest.raises(WeightsError):
+        debias(**options(files, "empty", model="toy_resnet18"))  # sixteen channels, the weights have eight
+
+
+def test_photos_may_come_without_groups(files, tmp_path):
+    table = pd.read_csv(files / "real" / "labels.csv")
+    for name in table.image:
+        os.link(files / "real" / name, tmp_path / name)
+    table[["image", "target"]].to_csv(tmp_path / "labels.csv", index=False)
+    plain, bare = (debias(**options(files, name, real=real, test=None, epochs=1))
+                   for name, real in (("with", f"{files}/real"), ("without", str(tmp_path))))
+    assert contents(plain.folder)["model.safetensors"] == contents(bare.folder)["model.safetensors"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"weights": "no.pt"}, "weights: no such file"), ({"real": "no.csv"}, "no.csv: no such file or folder"),
+    ({"model": "net.py:build"}, "no such file net.py"), ({"model": "resnet18", "weights": None}, "needs weights=FILE"),
+    ({"model": "resnet1"}, "did you mean"), ({"epochs": 0}, "epochs is 0"), ({"synthetic": None}, "synthetic"), ({"k": 63}, "from 1 to 62"),
+])
+def test_mistakes_on_the_command_line(files, changes, message):
+    given = options(files, "never", **changes)
+    given["synthetic"] = given["synthetic"] or f"{files}/real"
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        debias(**given)
+    assert "\n" not in str(caught.value) and not list(files.glob("never*"))
+
+
+def test_heads_have_to_be_in_the_weights(tmp_path):
+    state = narrow_resnet18(16, n_outputs=2).state_dict()
+    torch.save(state, tmp_path / "whole.pt")
+    torch.save({k: v for k, v in state.items() if not k.startswith("fc.")}, tmp_path / "headless.pt")
+    torch.save(state | {"extra": torch.zeros(1)}, tmp_path / "more.pt")
+    assert model_from("toy_resnet18", tmp_path / "whole.pt").fc.out_features == 2
+    for name, message in (("headless", "has no fc.weight: a biased classifier"), ("more", "has an unknown extra")):
+        with pytest.raises(WeightsError, match=message):
+            model_from("toy_resnet18", tmp_path / f"{name}.pt")
+
+
+def test_images_by_class_in_folders(tmp_path):
+    for name in ("0/b.png", "0/a.jpg", "1/c.PNG", "10/d.png", "notes/e.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    table = faces_table(tmp_path, groups=False)
+    assert table[["id", "target"]].to_numpy().tolist() == [["0/a.jpg", 0], ["0/b.png", 0], ["1/c.PNG", 1], ["10/d.png", 10]]
+
+
+# --- the command, in a process of its own
+
+
+def command(root, given):
+    words = [sys.executable, "-m", "aimfair.cli", "debias"]
+    for name, value in given.items():
+        if name not in ("cache", "progress"):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    environment = {**os.environ, "AIMFAIR_CACHE": f"{root}/cache", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.Popen(words, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process):
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_command_killed_and_started_again_ends_the_same(files):
+    "kill -9 during fine-tuning; the same command goes on, ends with the same bytes, and then says that it is done."
+    given = options(files, "killed", epochs=40)
+    process, progress = command(files, given), files / "killed.partial" / "checkpoint" / "finetuning.pt"
+    for _ in range(1200):
+        if progress.exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert finished(process)[0] == -signal.SIGKILL
+    assert not (files / "killed").exists()
+    with pytest.raises(ValueError, match="an unfinished run with other options .seed was 0, is 1"):
+        debias(**{**given, "seed": 1})
+    code, out, err = finished(command(files, given))
+    assert code == 0 and "worst group (WST)" in out and "Traceback" not in err, err
+    undisturbed = debias(**{**given, "out": f"{files}/undisturbed"})
+    assert contents(files / "killed") == contents(undisturbed.folder)
+    code, out, err = finished(command(files, given))
+    assert code == 0 and "was done already" in out
+    code, out, err = finished(command(files, {**given, "k": 40}))
+    assert code == 2 and "k was None, is 40" in err and len(err.strip().splitlines()) == 1
