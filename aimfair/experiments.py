@@ -386,7 +386,7 @@ class Images:
             return self.train.without_groups()
         if name == "synthetic":
             return self.balanced()
-        return real_and_synthetic(self.train, self.balanced()) if name == "real+synthetic" else repair(self.train, self.pool)
+        return real_and_synthetic(self.train, self.balanced()) if name == "real+synthetic" else repair(self.train, self.pool, partial=True)
 
 
 def load_images(profile: Profile, store: Store, progress: bool = False) -> Images:
@@ -667,11 +667,15 @@ class Results:
 
     def note(self) -> str:
         "The line under a table: on what its numbers rest."
+        from aimfair.finetuning import shortage
         from aimfair.report import table_note
         p, images = self.profile, self.bench.images
         data = (f"{ABOUT_DATA[p.data.kind]}, {p.data.target} by {p.data.protected}, {len(images.train):,} biased training "
                 f"and {len(images.test):,} test images")
-        return table_note(profile=p.name, seeds=self.seeds, data=data, generator=ABOUT_SYNTHETIC[p.synthetic.kind])
+        short = shortage(images.train, images.pool)
+        lack = "data repairing ran short of images: " + ", ".join(f"{n} of group {t}_{p}" for (t, p), n in short.items())
+        return table_note(profile=p.name, seeds=self.seeds, data=data, generator=ABOUT_SYNTHETIC[p.synthetic.kind],
+                          extra=lack if short else None)
 
     def history(self, method: str, seed: int) -> pd.DataFrame:
         "Loss and accuracies of a method's training."

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .data import Augment, Faces, batches
-from .training import classification_loss, logits_of, pick_device, seeded
+from .training import classification_loss, logits_of, pick_device, seeded, shown_figure
 
 # %% ../nbs/07_sensitivity.ipynb #b934ef1a
 Group = tuple[int, int]  # (target, protected)
@@ -222,9 +222,8 @@ def plot_sensitivity(
 ):  # a matplotlib figure
     "Heat map: domain and bias sensitivity of every tensor in the network's order, by rank, and the mask beneath."
     import seaborn as sns
-    from matplotlib.figure import Figure
     n = len(table)
-    fig = Figure(figsize=(min(2.6 + 0.145 * n, 16), 2.3), layout="constrained")
+    fig = shown_figure(figsize=(min(2.6 + 0.145 * n, 16), 2.3))
     ax = fig.subplots()
     loud = pd.DataFrame({"domain": (table.domain_rank - 1) / max(n - 1, 1), "bias": 1 - (table.bias_rank - 1) / max(n - 1, 1),
                          "updated": np.where(table.selected, 1.0, np.nan)}).T

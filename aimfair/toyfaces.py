@@ -83,11 +83,11 @@ def _sample_person(s):
 
 def _sample_expression(s, male):
     smiling = s.given("Smiling", s.chance(np.where(male, 0.40, 0.54)))
-    s.put("smile", _strength(smiling, s.u(), 0.7))
-    s.put("teeth", s.u())
+    s.put("smile", _strength(smiling, s.u(), 0.5))
+    s.put("teeth", np.clip(s.u() - np.where(male, 0.2, 0.0), 0, 1))
     s.put("mouth_open", np.where(s.chance(0.4), s.u(0.2, 1), 0.0))
     s.put("eye_open", s.tri(0.35, 0.92))
-    s.put("mouth_curve", s.tri(1.0))
+    s.put("mouth_curve", s.tri(0.8) + np.where(male, -0.6, 0.6))
     s.put("cheeks", s.u())
     s.put("gaze", s.tri(1.0))
 
@@ -96,7 +96,7 @@ def _sample_hair(s, male):
     f = s.factors
     old = np.clip((f["age"] - 38) / 35, 0, 1)
     s.put("hair_length", np.where(s.chance(np.where(male, 0.06, 0.82)), s.u(0.55, 1), s.u(0, 0.4)))
-    dark = s.chance(np.where(f["tone"] > 0.5, 0.75, 0.2))
+    dark = s.chance(np.clip(0.1 + f["tone"], 0, 0.95))
     s.put("hair", np.where(dark, s.u(0, 0.22), s.u(0.2, 1.0)))
     s.put("red", np.where(s.chance(0.12), s.u(0.5, 1), 0.0))
     s.put("grey", np.where(s.chance(old * np.where(male, 0.85, 0.6)), s.u(0.55, 1), s.u(0, 0.15)))

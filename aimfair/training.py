@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'narrow_resnet18', 'WeightsError', 'head_of', 'read_weights', 'load_weights', 'asset', 'seeded',
            'create_model', 'logits_of', 'classification_loss', 'predicted_labels', 'pick_device', 'predict_logits',
-           'predict', 'Fitted', 'epoch_seed', 'accuracy', 'only_trainable', 'fit']
+           'predict', 'shown_figure', 'Fitted', 'epoch_seed', 'accuracy', 'only_trainable', 'fit']
 
 # %% ../nbs/06_training.ipynb #395b72cf
 import json
@@ -271,6 +271,21 @@ def predict(
                          "prediction": predicted_labels(z).astype(np.int64)})
 
 # %% ../nbs/06_training.ipynb #6f0677a4
+def shown_figure(**options):  # a matplotlib Figure; `options` are its own
+    "A figure that shows itself in a notebook, without pyplot and its global state."
+    from io import BytesIO
+
+    from matplotlib.figure import Figure
+
+    class ShownFigure(Figure):
+        def _repr_png_(self):
+            buffer = BytesIO()
+            self.savefig(buffer, format="png", dpi=80, metadata={"Software": None})
+            return buffer.getvalue()
+
+    return ShownFigure(**{"layout": "constrained", **options})
+
+
 @dataclass
 class Fitted:
     "A trained model and how it got there."
@@ -284,8 +299,7 @@ class Fitted:
 
     def plot(self):
         "Loss and accuracies over the epochs."
-        from matplotlib.figure import Figure
-        fig = Figure(figsize=(7, 2.4), layout="constrained")
+        fig = shown_figure(figsize=(7, 2.4))
         left, right = fig.subplots(1, 2)
         left.plot(self.history.index, self.history.loss, marker="o", ms=3)
         left.set(xlabel="epoch", ylabel="training loss")

@@ -524,7 +524,7 @@ def finished(process):
 
 def test_command_killed_and_started_again_ends_the_same(files):
     "kill -9 during fine-tuning; the same command goes on, ends with the same bytes, and then says that it is done."
-    given = options(files, "killed", epochs=40)
+    given = options(files, "killed", epochs=60)
     process, progress = command(files, given), files / "killed.partial" / "checkpoint" / "finetuning.pt"
     for _ in range(1200):
         if progress.exists() or process.poll() is not None:
