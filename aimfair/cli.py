@@ -208,6 +208,15 @@ def status(
 _INPUT = {"exists": True}
 
 
+def _channels(name, text):
+    "Three numbers from R,G,B."
+    try:
+        red, green, blue = map(float, text.split(","))
+    except ValueError:
+        raise ValueError(f"--{name} is {text!r}; expected three numbers such as 0.485,0.456,0.406") from None
+    return red, green, blue
+
+
 @app.command()
 def debias(
     model: Annotated[str | None, _option("NAME", "architecture (resnet18, timm/NAME), module:callable, or file  [required]")] = None,
@@ -222,7 +231,11 @@ def debias(
     epochs: Annotated[int | None, _option("N", "epochs of fine-tuning", min=1)] = None,
     lr: Annotated[float | None, _option("X", "learning rate of fine-tuning", min=0)] = None,
     batch_size: Annotated[int | None, _option("N", "images in a mini-batch", min=2)] = None,
-    size: Annotated[int, _option("N", "pixels of a side that the model sees", min=8)] = 224,
+    size: Annotated[int | None, _option("N", "pixels of a side that the model sees; by default what it is known for", min=8)] = None,
+    crop: Annotated[float | None, _option("X", "smallest area of the random crop; by default 0.08", min=0.01, max=1)] = None,
+    majority: Annotated[str | None, _option("T_P,...", "frequent groups of your images, as 0_1,1_0; by default guessed")] = None,
+    mean: Annotated[str | None, _option("R,G,B", "the model's normalisation of pixels in [0, 1]; by default it takes [-1, 1]")] = None,
+    std: Annotated[str | None, _option("R,G,B", "with --mean")] = None,
     seed: Annotated[int, _option("N", "of all that is random")] = 0,
     device: Annotated[str | None, _option("NAME", "cpu, cuda or mps; by default the best there is")] = None,
     freeze_batchnorm: Annotated[bool, typer.Option("--freeze-batchnorm", help="keep running statistics as they are")] = False,
@@ -236,7 +249,8 @@ def debias(
     _require(model=model, real=real, synthetic=synthetic, val=val, out=out)
     from aimfair.pipeline import debias_command
 
-    typer.echo(debias_command({**given, "bias": parse_bias(bias)}))
+    channels = {name: _channels(name, given[name]) for name in ("mean", "std") if name in given}
+    typer.echo(debias_command({**given, "bias": parse_bias(bias), **channels}))
 
 # %% ../nbs/13_cli.ipynb #d9a3c14a
 def _line(text, most=600):

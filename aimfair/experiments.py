@@ -242,7 +242,7 @@ def load_profile(
         place = content
         for part in parents:
             place = place.setdefault(part, {})
-        place[last] = json.loads(value) if isinstance(value, str) and value[:1] == "[" else value
+        place[last] = json.loads(value) if isinstance(value, str) and value[:1] == "[" else str(value) if isinstance(value, Path) else value
     return Profile(**{"name": path.stem, **content})
 
 # %% ../nbs/11_experiments.ipynb #4beeceb2
@@ -665,17 +665,16 @@ class Results:
     def profile(self) -> Profile:
         return self.bench.profile
 
-    def note(self) -> str:
-        "The line under a table: on what its numbers rest."
+    def about(self) -> dict[str, Any]:
+        "On what the numbers rest, as `aimfair.report.table_note` takes it."
         from aimfair.finetuning import shortage
-        from aimfair.report import table_note
         p, images = self.profile, self.bench.images
         data = (f"{ABOUT_DATA[p.data.kind]}, {p.data.target} by {p.data.protected}, {len(images.train):,} biased training "
                 f"and {len(images.test):,} test images")
         short = shortage(images.train, images.pool)
         lack = "data repairing ran short of images: " + ", ".join(f"{n} of group {t}_{p}" for (t, p), n in short.items())
-        return table_note(profile=p.name, seeds=self.seeds, data=data, generator=ABOUT_SYNTHETIC[p.synthetic.kind],
-                          extra=lack if short else None)
+        return {"profile": p.name, "seeds": self.seeds, "data": data, "generator": ABOUT_SYNTHETIC[p.synthetic.kind],
+                "extra": lack if short else None}
 
     def history(self, method: str, seed: int) -> pd.DataFrame:
         "Loss and accuracies of a method's training."

@@ -27,11 +27,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .data import DataError, Faces, batches, folder, image_groups, load_faces
+from .data import DataError, Faces, batches, folder, image_groups, load_faces, normalize
 from .finetuning import FINETUNE, Strategy, finetune, trainable_parameters
 from .metrics import fairness_report
 from .sensitivity import Gradients, Group, group_indices, mean_gradients, paper_k, select_parameters, sensitivity_table, take_groups
-from .training import TrainConfig, WeightsError, create_model, head_of, logits_of, pick_device, predict, read_weights
+from .training import TrainConfig, WeightsError, create_model, evaluating, head_of, logits_of, pick_device, predict, read_weights
 
 # %% ../nbs/10_pipeline.ipynb #b920fbfa
 Majority = dict[int, int]  # target -> value of the protected attribute that is frequent with it in the real images
@@ -118,20 +118,12 @@ def hold_out(
     return pool.select(~last), pool.select(last)
 
 # %% ../nbs/10_pipeline.ipynb #e02708c8
-class _ChannelsFirst:
-    "Makes a module ignore requests for another memory format."
-    def to(self, *args, memory_format=None, **kwargs):
-        return super().to(*args, **kwargs)
-
-
-def _input_hook(mean, std, channels_first):
+def _normalizing(mean, std):
     "A forward pre-hook: pixels from [-1, 1] to what the model was made for."
     def prepare(module, args):
         x = args[0]
-        if mean is not None:
-            m, s = (torch.tensor(v, dtype=x.dtype, device=x.device)[:, None, None] for v in (mean, std))
-            x = (x * 0.5 + 0.5 - m) / s
-        return (x.contiguous() if channels_first else x, *args[1:])
+        m, s = (torch.tensor(v, dtype=x.dtype, device=x.device)[:, None, None] for v in (mean, std))
+        return ((x * 0.5 + 0.5 - m) / s, *args[1:])
     return prepare
 
 
@@ -139,53 +131,40 @@ def _input_hook(mean, std, channels_first):
 class _Adapted:
     "A copy of a user's model that takes what this package hands out, and the way back."
     model: nn.Module
-    hook: int
-    home: tuple[type, torch.device]
+    hook: int | None
+    home: torch.device
 
     @classmethod
-    def of(cls, model, mean, std, channels_first):
-        adapted, home = copy.deepcopy(model), (type(model), next(model.parameters()).device)
-        if channels_first:
-            adapted.__class__ = type(home[0].__name__, (_ChannelsFirst, home[0]), {})
-            adapted = adapted.to(memory_format=torch.contiguous_format)
-        handle = adapted.register_forward_pre_hook(_input_hook(mean, std, channels_first))
-        return cls(adapted, handle.id, home)
+    def of(cls, model, mean, std):
+        adapted, home = copy.deepcopy(model), next(model.parameters()).device
+        handle = adapted.register_forward_pre_hook(_normalizing(mean, std)) if mean is not None else None
+        return cls(adapted, handle and handle.id, home)
 
     def restored(self, model):  # a fine-tuned copy of the adapted model
-        "The model in its own class, on its own device, in evaluation mode, without the hook."
-        model.__class__, device = self.home
-        del model._forward_pre_hooks[self.hook]
-        return model.to(device=device, memory_format=torch.contiguous_format).eval()
+        "The model on its own device, in evaluation mode, without the hook."
+        if self.hook is not None:
+            del model._forward_pre_hooks[self.hook]
+        return model.to(device=self.home, memory_format=torch.contiguous_format).eval()
 
 # %% ../nbs/10_pipeline.ipynb #706b7d49
 def _one_line(error) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _outputs(adapted, faces, device):
+def _outputs(model, faces, device):
     "Number of logits for two images."
-    was_training = adapted.training
-    try:
-        model = adapted.eval().to(device, memory_format=torch.channels_last)
-        with torch.no_grad():
-            return logits_of(model, next(iter(batches(faces.select(slice(0, 2)), 2, device=device)))[0]).shape[1]
-    finally:
-        adapted.train(was_training)
+    with evaluating(model.to(device)), torch.no_grad():
+        return logits_of(model, normalize(faces.gather(slice(0, 2))).to(device).contiguous()).shape[1]
 
 
 def _adapt(model, faces, n_classes, mean, std, device):
     "The model made ready for this package. Raises `ValueError` if it cannot take the images, or its outputs do not fit the classes."
-    refused = []
-    for channels_first in (False, True):
-        adapted = _Adapted.of(model, mean, std, channels_first)
-        try:
-            n = _outputs(adapted.model, faces, device)
-            break
-        except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, IndexError, KeyError) as error:
-            refused.append(error)
-    else:
+    adapted = _Adapted.of(model, mean, std)
+    try:
+        n = _outputs(adapted.model, faces, device)
+    except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, IndexError, KeyError) as error:
         height, width = faces.size
-        raise ValueError(f"{type(model).__name__} does not work on images of {height} x {width}: {_one_line(refused[-1])}") from refused[-1]
+        raise ValueError(f"{type(model).__name__} does not work on images of {height} x {width}: {_one_line(error)}") from error
     if n != n_classes and not (n == 1 and n_classes == 2):
         raise ValueError(f"{type(model).__name__} has {n} output{'s' * (n != 1)} for {n_classes} classes; "
                          f"expected {'1 or 2' if n_classes == 2 else n_classes}")

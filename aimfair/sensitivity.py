@@ -9,6 +9,7 @@ __all__ = ['Group', 'Gradients', 'Batches', 'group_indices', 'take_groups', 'bia
 
 # %% ../nbs/07_sensitivity.ipynb #c0d2584d
 import copy
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from .data import Augment, Faces, batches
-from .training import classification_loss, logits_of, pick_device, seeded, shown_figure
+from .training import classification_loss, logits_of, pick_device, seeded, settle_format, shown_figure
 
 # %% ../nbs/07_sensitivity.ipynb #b934ef1a
 Group = tuple[int, int]  # (target, protected)
@@ -70,15 +71,18 @@ def _gradient_sums(probe, batches, loss_fn, device):
     "Sum over batches of the batch gradients, on the probe's `.grad`; returns the number of batches and images."
     probe.zero_grad(set_to_none=True)
     n_batches = n_images = 0
+    layout = None
     for x, y, *_ in batches:
-        loss_fn(logits_of(probe, x.to(device)), y.to(device)).backward()  # .grad accumulates
+        x = x.to(device)
+        layout = layout or settle_format(probe, x)
+        loss_fn(logits_of(probe, x.contiguous(memory_format=layout)), y.to(device)).backward()  # .grad accumulates
         n_batches, n_images = n_batches + 1, n_images + len(y)
     return n_batches, n_images
 
 
 def _collect(probe, divisor):
     "The accumulated gradients divided by `divisor`; zeros where the loss does not depend on a tensor."
-    return {n: (torch.zeros_like(p) if p.grad is None else p.grad / divisor).cpu() for n, p in probe.named_parameters()}
+    return {n: (torch.zeros_like(p) if p.grad is None else p.grad / divisor).cpu().contiguous() for n, p in probe.named_parameters()}
 
 
 def mean_gradients(
@@ -178,18 +182,17 @@ class GroupGradients:
         "Write all groups to one safetensors file."
         from safetensors.torch import save_file
         flat = {f"{t}_{p}/{n}": v.contiguous() for (t, p), g in self.mean.items() for n, v in g.items()}
-        save_file(flat, path, metadata={f"{t}_{p}": str(n) for (t, p), n in self.count.items()})
+        about = {"count": {f"{t}_{p}": n for (t, p), n in self.count.items()}, "order": list(next(iter(self.mean.values())))}
+        save_file(flat, path, metadata={"about": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path) -> "GroupGradients":
         "Read what `save` wrote."
         from safetensors import safe_open
-        mean: dict[Group, Gradients] = {}
         with safe_open(path, "pt") as f:
-            for key in list(f.keys()):
-                group, _, name = key.partition("/")
-                mean.setdefault(tuple(map(int, group.split("_"))), {})[name] = f.get_tensor(key)
-            count = {tuple(map(int, g.split("_"))): int(n) for g, n in f.metadata().items()}
+            about = json.loads(f.metadata()["about"])
+            count = {tuple(map(int, g.split("_"))): n for g, n in about["count"].items()}
+            mean = {(t, p): {n: f.get_tensor(f"{t}_{p}/{n}") for n in about["order"]} for t, p in count}
         return cls(mean, count)
 
 
@@ -233,7 +236,9 @@ def plot_sensitivity(
     stages = pd.Series([name.split(".")[0] for name in table.index])
     starts = stages.index[stages != stages.shift()]
     ends = [*starts[1:], n]
-    ax.set_xticks([(a + b) / 2 for a, b in zip(starts, ends, strict=True)], stages[starts], rotation=0 if len(starts) < 12 else 90)
+    ax.set_xticks([(a + b) / 2 for a, b in zip(starts, ends, strict=True)], stages[starts])
+    for label, a, b in zip(ax.get_xticklabels(), starts, ends, strict=True):
+        label.set_rotation(0 if b - a > 3 else 90)
     for s in starts[1:]:
         ax.axvline(s, color="black", lw=0.8)
     ax.tick_params(length=0)

@@ -87,7 +87,7 @@ def _sample_expression(s, male):
     s.put("teeth", np.clip(s.u() - np.where(male, 0.2, 0.0), 0, 1))
     s.put("mouth_open", np.where(s.chance(0.4), s.u(0.2, 1), 0.0))
     s.put("eye_open", s.tri(0.35, 0.92))
-    s.put("mouth_curve", s.tri(0.8) + np.where(male, -0.6, 0.6))
+    s.put("mouth_curve", s.tri(0.8) + np.where(male, -0.8, 0.8))
     s.put("cheeks", s.u())
     s.put("gaze", s.tri(1.0))
 
@@ -507,12 +507,12 @@ def _mouth(c):
     "Lips, teeth and the dark between them; corners rise and the mouth widens with the smile."
     p, rows = c.p, c.band(-0.05, 1)
     u, v, s = c.u[:, rows] - c.sin_yaw * 0.05, c.v[:, rows], c.p["smile"]
-    half = 0.215 + 0.110 * s + 0.02 * p["mouth_curve"]
+    half = 0.220 + 0.100 * s + 0.02 * p["mouth_curve"]
     t2 = (u * (1 / half)).pow(2)
     swell = (1 - t2).clamp_(min=0)
-    shown = ((s - 0.45) * 2.2).clamp(0, 1) * ((p["teeth"] - 0.15) * 2.0).clamp(0.0, 1)
+    shown = ((s - 0.45) * 2.2).clamp(0, 1) * ((p["teeth"] - 0.25) * 2.0).clamp(0.0, 1)
     gap = 0.135 * shown + 0.08 * p["mouth_open"] + 0.010
-    middle = 0.520 - (t2 - 0.45) * (0.150 * s - 0.020 + 0.022 * p["mouth_curve"])
+    middle = 0.520 - (t2 - 0.45) * (0.140 * s - 0.016 + 0.022 * p["mouth_curve"])
     top, bottom = middle - swell * gap * 0.35, middle + swell * gap * 0.75
     ends = swell.sqrt()
     bow = 1 - 0.35 * _blob(u, v * 0, 0.06, 1.0)

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'narrow_resnet18', 'WeightsError', 'head_of', 'read_weights', 'load_weights', 'asset', 'seeded',
-           'create_model', 'logits_of', 'classification_loss', 'predicted_labels', 'pick_device', 'predict_logits',
-           'predict', 'shown_figure', 'Fitted', 'epoch_seed', 'accuracy', 'only_trainable', 'fit']
+           'create_model', 'logits_of', 'classification_loss', 'predicted_labels', 'pick_device', 'evaluating',
+           'settle_format', 'predict_logits', 'predict', 'shown_figure', 'Fitted', 'epoch_seed', 'accuracy',
+           'only_trainable', 'fit']
 
 # %% ../nbs/06_training.ipynb #395b72cf
+import hashlib
 import json
 import os
 from contextlib import contextmanager, nullcontext
@@ -22,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.nn import functional as F
 
-from .data import Augment, Faces, batches
+from .data import Augment, Faces, batches, normalize
 
 # %% ../nbs/06_training.ipynb #1881c2a3
 class TrainConfig(BaseModel):
@@ -239,6 +241,38 @@ def _autocast(device, precision):
     return torch.autocast(device.type, dtype=torch.bfloat16) if use else nullcontext()
 
 
+@contextmanager
+def evaluating(model: nn.Module):
+    "Evaluation mode inside the block; afterwards every module is in the mode that it was in."
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def settle_format(
+    model: nn.Module,  # changed in place: the layout of its weights
+    x: torch.Tensor,  # some images, on the model's device
+) -> torch.memory_format:  # the layout in which the model should be given its images
+    "Channels last, which convolutions like, unless the model can't work so (it takes a view of a convolution's output, say)."
+    try:
+        with evaluating(model), torch.no_grad():
+            logits_of(model.to(memory_format=torch.channels_last), x[:2].contiguous(memory_format=torch.channels_last))
+        return torch.channels_last
+    except RuntimeError:
+        model.to(memory_format=torch.contiguous_format)
+        return torch.contiguous_format
+
+
+def _placed(model, faces, device):
+    "The model on the device, and the layout of its images."
+    model = model.to(device)
+    return model, settle_format(model, normalize(faces.gather(slice(0, 2))).to(device))
+
+
 def predict_logits(
     model: nn.Module, faces: Faces, *,
     batch_size: int = 256,
@@ -246,14 +280,11 @@ def predict_logits(
     precision: str = "auto",
 ) -> np.ndarray:  # N x C float32
     "Logits of every face in evaluation mode, without augmentation; the model's mode is put back."
-    device, was_training = pick_device(device), model.training
-    model = model.to(device, memory_format=torch.channels_last).eval()
-    try:
-        with torch.inference_mode(), _autocast(device, precision):
-            out = [logits_of(model, x).cpu() for x, _, _ in batches(faces, batch_size, device=device)]
-    finally:
-        model.train(was_training)
-    return torch.cat(out).numpy()
+    device = pick_device(device)
+    model, layout = _placed(model, faces, device)
+    with evaluating(model), torch.inference_mode(), _autocast(device, precision):
+        images = (x.contiguous(memory_format=layout) for x, _, _ in batches(faces, batch_size, device=device))
+        return torch.cat([logits_of(model, x).cpu() for x in images]).numpy()
 
 
 def predict(
@@ -330,7 +361,7 @@ def _train_mode(model, freeze_batchnorm):
                 m.eval()
 
 
-def _train_epoch(model, optimizer, faces, config, seed, device, freeze_batchnorm):
+def _train_epoch(model, optimizer, faces, config, seed, device, layout, freeze_batchnorm):
     "One pass over the training set; returns its mean loss and accuracy."
     _train_mode(model, freeze_batchnorm)
     generator = torch.Generator().manual_seed(seed)
@@ -340,7 +371,7 @@ def _train_epoch(model, optimizer, faces, config, seed, device, freeze_batchnorm
         for x, y, _ in batches(faces, config.batch_size, shuffle=True, drop_last=lone, augment=config.augment(),
                                generator=generator, device=device):
             with _autocast(device, config.precision):
-                logits = logits_of(model, x)
+                logits = logits_of(model, x.contiguous(memory_format=layout))
             loss = classification_loss(logits, y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -378,10 +409,14 @@ def only_trainable(
 
 # %% ../nbs/06_training.ipynb #b034673f
 def _identity(model, train, config, seed, trainable, freeze_batchnorm):
-    "What makes two runs the same run."
-    return json.dumps({"config": config.model_dump(), "seed": seed, "images": len(train), "freeze_batchnorm": freeze_batchnorm,
+    "What makes two runs the same run: settings, the images by id and label, and the weights that training starts from."
+    images, weights = hashlib.sha256(), hashlib.sha256()
+    images.update(json.dumps([train.ids.tolist(), train.target.tolist()]).encode())
+    for name, value in model.state_dict().items():
+        weights.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+    return json.dumps({"config": config.model_dump(), "seed": seed, "freeze_batchnorm": freeze_batchnorm,
                        "trainable": None if trainable is None else sorted(trainable),
-                       "model": [type(model).__name__, sum(p.numel() for p in model.parameters())]}, sort_keys=True)
+                       "images": images.hexdigest(), "weights": weights.hexdigest()}, sort_keys=True)
 
 
 def _save_checkpoint(path, state):
@@ -432,8 +467,8 @@ def fit(
     if not len(train):
         raise ValueError("the training set is empty")
     device = pick_device(device)
-    model = model.to(device, memory_format=torch.channels_last)
-    identity = _identity(model, train, config, seed, trainable, freeze_batchnorm)
+    model, layout = _placed(model, train, device)
+    identity = _identity(model, train, config, seed, trainable, freeze_batchnorm) if checkpoint is not None else None
     state = _load_checkpoint(checkpoint, identity)
     with only_trainable(model, trainable) as parameters:
         optimizer = torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
@@ -446,7 +481,7 @@ def fit(
         for epoch in bar:
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(epoch)
-            loss, acc = _train_epoch(model, optimizer, train, config, epoch_seed(seed, epoch), device, freeze_batchnorm)
+            loss, acc = _train_epoch(model, optimizer, train, config, epoch_seed(seed, epoch), device, layout, freeze_batchnorm)
             val_acc = accuracy(model, val, device=device, precision=config.precision) if val is not None else float("nan")
             history.append({"lr": config.lr_at(epoch), "loss": loss, "train_accuracy": acc, "val_accuracy": val_acc})
             bar.set_postfix(loss=f"{loss:.3f}", val=f"{val_acc:.3f}")

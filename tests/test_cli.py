@@ -261,7 +261,7 @@ def test_debias_passes_its_options_on(monkeypatch, tmp_path, capsys):
     assert main([*words, "--k", "40", "--bias", "1:4", "--epochs", "3", "--lr", "0.02", "--batch-size", "32", "--size", "64", "--seed", "7",
                  "--device", "cpu", "--freeze-batchnorm", "--test", folder]) == 0
     base = {"model": "my.module:build", **dict.fromkeys(("real", "synthetic", "val", "out"), tmp_path)}
-    plain = {**base, "bias": 1 / 9, "size": 224, "seed": 0, "freeze_batchnorm": False}
+    plain = {**base, "bias": 1 / 9, "seed": 0, "freeze_batchnorm": False}
     full = {**base, "test": tmp_path, "k": 40, "bias": 0.25, "epochs": 3, "lr": 0.02, "batch_size": 32, "size": 64, "seed": 7,
             "device": "cpu", "freeze_batchnorm": True}
     assert calls == [plain, full]

@@ -176,7 +176,7 @@ class TestRun:
         assert moved == results.bench.mask(100)
 
     def test_the_note_says_what_stands_in_for_the_generator(self, tiny):
-        assert "standing in for a text-to-image model" in tiny[0].note()
+        assert "standing in for a text-to-image model" in tiny[0].about()["generator"]
 
     def test_fingerprints_change_with_labels_and_files(self, tmp_path):
         (tmp_path / "a").write_bytes(b"1")
@@ -189,7 +189,8 @@ class TestRun:
 
 def _reproduce(folder, *more):
     sets = [x for k, v in TINY.items() for x in ("--set", f"{k}={v}")]
-    command = [sys.executable, "-m", "aimfair.cli", "reproduce", "--seeds", "1", "--store", folder / "runs", "--out", folder / "out", *sets, *more]
+    places = ["--store", folder / "runs", "--out", folder / "out"]
+    command = [sys.executable, "-m", "aimfair.cli", "reproduce", "--seeds", "1", *places, *sets, *more]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -261,5 +262,5 @@ def test_real_faces_end_to_end_at_tiny_size(real_data, tmp_path):
     images = results.bench.images
     assert not set(images.pool.ids) & (set(images.train.ids) | set(images.val.ids) | set(images.test.ids))
     assert (len(images.train), len(images.val), len(images.test)) == (80, 1000, 3000)
-    assert "standing in" in results.note()
+    assert "standing in" in results.about()["generator"]
     assert os.path.isdir(Path(tmp_path) / "cache")
