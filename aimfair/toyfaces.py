@@ -188,11 +188,11 @@ def annotations(
     hairy = (f.bald <= 0.5) & (f.hat <= 0.5)
     coloured = hairy & (f.grey <= 0.5)
     columns = {
-        "Bald": f.bald > 0.5, "Bangs": (f.bangs > 0.5) & hairy, "Big_Lips": f.lips > 0.6,
+        "Arched_Eyebrows": f.brow < 0.3, "Bald": f.bald > 0.5, "Bangs": (f.bangs > 0.5) & hairy, "Big_Lips": f.lips > 0.6,
         "Black_Hair": coloured & (f.hair <= 0.22), "Blond_Hair": coloured & (f.hair > 0.65), "Brown_Hair": coloured & f.hair.between(0.22, 0.65, "right"),
         "Blurry": f.blur > 0.8, "Bushy_Eyebrows": f.brow > 0.75, "Eyeglasses": f.glasses > 0.5, "Gray_Hair": hairy & (f.grey > 0.5),
         "Heavy_Makeup": f.lipstick > 0.8, "Male": f.gender > 0.5, "Mouth_Slightly_Open": (f.mouth_open > 0.3) | ((f.smile > 0.55) & (f.teeth > 0.35)),
-        "Mustache": f.moustache > 0.5, "No_Beard": f.beard <= 0.5, "Pale_Skin": f.tone < 0.12, "Receding_Hairline": f.bald.between(0.2, 0.5),
+        "Mustache": f.moustache > 0.5, "No_Beard": f.beard <= 0.5, "Oval_Face": f.jaw < 0.35, "Pale_Skin": f.tone < 0.12, "Receding_Hairline": f.bald.between(0.2, 0.5),
         "Smiling": f.smile > 0.5, "Wavy_Hair": hairy & (f.wave > 0.6) & (f.hair_length > 0.4), "Wearing_Hat": f.hat > 0.5,
         "Wearing_Lipstick": f.lipstick > 0.5, "Young": f.age < 42,
     }

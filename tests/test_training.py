@@ -235,3 +235,32 @@ def test_a_timm_model_trains():
     assert len(fit(model, faces(), None, config=PLAIN.model_copy(update={"epochs": 1}), device="cpu", progress=False).history) == 1
     with pytest.raises(ValueError, match="timm has no model"):
         create_model("timm/resnet10000")
+
+
+def test_a_network_that_needs_channels_first_trains():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.out = nn.Conv2d(3, 4, 3, stride=4), nn.Linear(4 * 64, 1)
+
+        def forward(self, x):
+            x = self.features(x)
+            return self.out(x.view(len(x), -1))  # refused by PyTorch where channels come last
+
+    model = Flat()
+    fit(model, faces(), faces(9, seed=1), config=PLAIN, device="cpu", progress=False)
+    assert len(predict(model, faces(5), device="cpu")) == 5
+
+
+def test_a_checkpoint_of_other_weights_or_images_is_refused(tmp_path):
+    def start(seed=0, data=0):
+        fit(create_model("toy_resnet18", seed=seed), faces(seed=data), None, config=PLAIN, checkpoint=tmp_path / "c.pt", device="cpu", progress=False)
+
+    start()
+    start()
+    for other in ({"seed": 1}, {"data": 1}):
+        with pytest.raises(ValueError, match="other settings"):
+            start(**other)
+    (tmp_path / "c.pt").write_bytes(b"half")
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        start()
