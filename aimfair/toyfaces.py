@@ -83,9 +83,9 @@ def _sample_person(s):
 
 def _sample_expression(s, male):
     smiling = s.given("Smiling", s.chance(np.where(male, 0.40, 0.54)))
-    s.put("smile", _strength(smiling, s.u(), 0.5))
-    s.put("teeth", np.clip(s.u() - np.where(male, 0.2, 0.0), 0, 1))
-    s.put("mouth_open", np.where(s.chance(0.4), s.u(0.2, 1), 0.0))
+    s.put("smile", _strength(smiling, s.u(), 0.6))
+    s.put("teeth", np.clip(s.u() - np.where(male, 0.45, 0.0), 0, 1))
+    s.put("mouth_open", np.where(s.chance(np.where(male, 0.25, 0.5)), s.u(0.2, 1), 0.0))
     s.put("eye_open", s.tri(0.35, 0.92))
     s.put("mouth_curve", s.tri(0.8) + np.where(male, -0.8, 0.8))
     s.put("cheeks", s.u())
@@ -327,7 +327,7 @@ def _background(c):
     fine = _zoom(coarse[:, 1:2, :144].reshape(c.n, 1, 12, 12).contiguous(), c.size)[:, 0]
     t = c.p["texture"]
     c.paint((spots * 1.6).clamp_(0, 1) * t, c.colour(other))
-    c.shade(torch.ones_like(fine), (fine * 0.45 + spots * 0.3) * t + 1)
+    c.shade(torch.ones_like(fine), (fine * 0.32 + spots * 0.3) * t + 1)
 
 
 def _hair_colours(c):
@@ -450,7 +450,7 @@ def _smile_relief(c):
     t = (v - 0.24) * (1 / 0.27)
     fold = au - (0.18 + t * (0.08 + 0.09 * s) + t * t * (0.05 * s))
     line = _cover(fold.abs() - 0.016, c.soft * 1.6) * ((t * (1 - t)) * 4).clamp_(0, 1)
-    c.shade(line * face, 1 - depth, rows)
+    c.shade(line * face, 1 - depth * _tone_gain(c, 1.0, 1.3), rows)
 
 
 def _age_lines(c):
@@ -465,7 +465,7 @@ def _age_lines(c):
     crow = (0.22 * old + 0.30 * old * p["smile"] + 0.16 * p["smile"]).clamp(max=0.55)
     for tilt in (-0.045, 0.035):
         c.shade(_stroke(au - 0.51, v + 0.03 - tilt - (au - 0.51) * (tilt * 5), 0.05, 0, 0.014, c.soft) * face, 1 - crow, rows)
-    c.shade(_blob(au - 0.33, v - 0.66, 0.07, 0.14) * face, 1 - 0.28 * old, rows)
+    c.shade(_blob(au - 0.33, v - 0.66, 0.08, 0.15) * face, 1 - 0.14 * old, rows)
 
 
 def _beard(c):
@@ -498,7 +498,7 @@ def _nose(c):
 
 # %% ../nbs/02_toyfaces.ipynb #29ace831
 def _lip_colour(c):
-    natural = _mix(c.skin, np.tile([[0.72, 0.24, 0.26]], (c.n, 1)), 0.55 - 0.1 * c.f["tone"]) * (0.95 + 0.12 * c.f["tone"])[:, None]
+    natural = _mix(c.skin, np.tile([[0.72, 0.24, 0.26]], (c.n, 1)), 0.55 - 0.1 * c.f["tone"]) * (0.94 + 0.30 * c.f["tone"])[:, None]
     stick = _mix(np.tile([[0.78, 0.08, 0.16]], (c.n, 1)), np.tile([[0.84, 0.30, 0.40]], (c.n, 1)), c.f["shirt"])
     return _mix(natural, stick, np.clip(c.f["lipstick"] * 1.3 - 0.25, 0, 0.9))
 

@@ -157,7 +157,11 @@ def _timm(name, weights, n_outputs):
         raise ValueError(f"timm has no model {name!r}")
     if weights not in (None, "pretrained"):
         raise WeightsError(f"no weights {weights!r} for timm/{name}: give 'pretrained', a file, or none")
-    return _download(lambda: timm.create_model(name, pretrained=weights is not None, num_classes=n_outputs), name, weights)
+    model = _download(lambda: timm.create_model(name, pretrained=weights is not None, num_classes=n_outputs), name, weights)
+    head = model.get_submodule(head_of(model))
+    if hasattr(head, "reset_parameters"):  # some of timm's initialise a head for a thousand outputs, far too large for one
+        head.reset_parameters()
+    return model
 
 
 def _torchvision(name, weights, n_outputs):
@@ -496,8 +500,8 @@ def fit(
     return Fitted(model, pd.DataFrame(history).rename_axis("epoch"), best["epoch"], best["accuracy"])
 
 # %% ../nbs/06_training.ipynb #b347f100
-BACKBONE_ATTRIBUTES = ("Bald Bangs Big_Lips Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair Mouth_Slightly_Open Mustache "
-                       "No_Beard Pale_Skin Wavy_Hair Wearing_Hat Wearing_Lipstick").split()
+BACKBONE_ATTRIBUTES = ("Bald Bangs Big_Lips Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair Mouth_Slightly_Open "
+                       "Mustache No_Beard Pale_Skin Wavy_Hair Wearing_Hat Wearing_Lipstick").split()
 BACKBONE_FACTORS = "yaw pitch roll gaze eye_open tone".split()
 
 

@@ -254,7 +254,8 @@ def test_a_network_that_needs_channels_first_trains():
 
 def test_a_checkpoint_of_other_weights_or_images_is_refused(tmp_path):
     def start(seed=0, data=0):
-        fit(create_model("toy_resnet18", seed=seed), faces(seed=data), None, config=PLAIN, checkpoint=tmp_path / "c.pt", device="cpu", progress=False)
+        model = create_model("toy_resnet18", seed=seed)
+        fit(model, faces(seed=data), None, config=PLAIN, checkpoint=tmp_path / "c.pt", device="cpu", progress=False)
 
     start()
     start()
