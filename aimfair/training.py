@@ -516,8 +516,8 @@ def pretrain_backbone(
     "Train the toy backbone on attributes that are neither target nor protected, and on the factors of pose."
     from aimfair import toyfaces
     factors = toyfaces.sample_factors(n, seed=faces_seed)
-    binary = torch.from_numpy(toyfaces.annotations(factors)[BACKBONE_ATTRIBUTES].to_numpy(np.float32))
-    graded = torch.from_numpy(factors[BACKBONE_FACTORS].to_numpy(np.float32))
+    binary = torch.from_numpy(toyfaces.annotations(factors)[BACKBONE_ATTRIBUTES].to_numpy(np.float32).copy())
+    graded = torch.from_numpy(factors[BACKBONE_FACTORS].to_numpy(np.float32).copy())
     graded = graded - graded.mean(0)
     device = pick_device(device)
     labels, a = torch.cat([binary, graded], 1).to(device), binary.shape[1]
