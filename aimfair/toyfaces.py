@@ -73,24 +73,24 @@ def _strength(yes, u, spread=0.5):
     return np.where(yes, 0.5 + 0.5 * np.maximum(u, 1e-6) ** spread, 0.5 - 0.5 * np.maximum(u, 1e-6) ** spread)
 
 # %% ../nbs/02_toyfaces.ipynb #521327b6
-def _sample_person(s):
+def _sample_person(s, clear):
     "Who is drawn: gender cues, age, tone."
     male = s.given("Male", s.chance(0.42))
     young = s.given("Young", s.chance(np.where(male, 0.68, 0.84)))
     gender = s.put("gender", _strength(male, s.u(), 0.35))
-    s.put("age", np.where(young, s.u(18, 42), s.u(42, 80)))
+    s.put("age", np.where(young, s.u(18, 42 - 4 * clear), s.u(42 + 6 * clear, 80)))
     s.put("tone", s.u())
     return gender > 0.5
 
 
-def _sample_expression(s, male):
+def _sample_expression(s, male, clear):
     "The smile, and what is easily taken for one: an open mouth, corners that point up, narrow eyes, full cheeks."
     smiling = s.given("Smiling", s.chance(np.where(male, 0.40, 0.54)))
-    s.put("smile", _strength(smiling, s.u(), 0.6))
-    s.put("teeth", np.clip(s.u() - np.where(male, 0.45, 0.0), 0, 1))
+    s.put("smile", _strength(smiling, s.u(), 0.3 if clear else 0.6))
+    s.put("teeth", np.clip(s.u() - np.where(male, 0.5, 0.0), 0, 1))
     s.put("mouth_open", np.where(s.chance(np.where(male, 0.25, 0.5)), s.u(0.2, 1), 0.0))
     s.put("eye_open", s.tri(0.35, 0.92))
-    s.put("mouth_curve", s.tri(0.8) + np.where(male, -0.8, 0.8))
+    s.put("mouth_curve", s.tri(0.8) + np.where(male, -1.0, 1.0))
     s.put("cheeks", s.u())
     s.put("gaze", s.tri(1.0))
 
@@ -187,11 +187,13 @@ def sample_factors(
     if n < 0 or seed < 0 or start < 0:
         raise ValueError(f"n, seed and start count from 0, found n={n}, seed={seed}, start={start}")
     s = _Sampler(_uniforms(seed, start, n), conditions)
-    male = _sample_person(s)
-    for part in (_sample_expression, _sample_hair, _sample_accessories, _sample_features):
+    studio = style == "studio"
+    male = _sample_person(s, clear=studio)
+    _sample_expression(s, male, clear=studio)
+    for part in (_sample_hair, _sample_accessories, _sample_features):
         part(s, male)
-    _sample_pose(s, 1.0 if style == "photo" else 0.6)
-    _sample_scene(s, style == "photo")
+    _sample_pose(s, 0.6 if studio else 1.0)
+    _sample_scene(s, photo=not studio)
     if unknown := sorted(set(conditions) - s.used):
         raise ValueError(f"unknown condition {unknown[0]!r}; choose from Smiling, Male, Young, {', '.join(s.factors)}")
     head = {"seed": np.full(n, seed, np.int64), "index": np.arange(start, start + n), "style": [style] * n}
@@ -480,7 +482,7 @@ def _smile_relief(c):
     c.shade(apple, 1 + 0.10 * s + 0.04 * p["cheeks"], rows)
     _gleam(c, apple * s, rows, 0.05)
     c.shade(_blob(au - 0.40, v - 0.38, 0.18, 0.09) * face, 1 - 0.20 * s, rows)
-    depth = (0.06 + 0.34 * s + 0.18 * p["cheeks"] + 0.25 * c.old).clamp(max=0.6)
+    depth = (0.08 + 0.28 * s + 0.18 * p["cheeks"] + 0.25 * c.old).clamp(max=0.6)
     t = (v - 0.24) * (1 / 0.27)
     fold = au - (0.18 + t * (0.08 + 0.09 * s) + t * t * (0.05 * s))
     line = _cover(fold.abs() - 0.016, c.soft * 1.6) * ((t * (1 - t)) * 4).clamp_(0, 1)
@@ -544,9 +546,9 @@ def _mouth_lines(c, u):
     half = 0.220 + 0.100 * s + 0.02 * p["mouth_curve"]
     t2 = (u * (1 / half)).pow(2)
     swell = (1 - t2).clamp_(min=0)
-    shown = ((s - 0.45) * 2.2).clamp(0, 1) * ((p["teeth"] - 0.25) * 2.0).clamp(0.0, 1)
+    shown = ((s - 0.5) * 2.0).clamp(0, 1) * ((p["teeth"] - 0.25) * 2.0).clamp(0.0, 1)
     gap = 0.135 * shown + 0.08 * p["mouth_open"] + 0.010
-    middle = 0.520 - (t2 - 0.45) * (0.140 * s - 0.016 + 0.022 * p["mouth_curve"])
+    middle = 0.520 - (t2 - 0.45) * (0.125 * s - 0.012 + 0.022 * p["mouth_curve"])
     top, bottom = middle - swell * gap * 0.35, middle + swell * gap * 0.75
     ends = swell.sqrt()
     bow = 1 - 0.35 * _blob(u, u * 0, 0.06, 1.0)
@@ -688,7 +690,7 @@ def _light(c):
     p = c.p
     nx, ny = c.x * (1 / 0.72), (c.y - 0.05) * (1 / 0.98)
     facing = nx * p["light_x"] + ny * p["light_y"] + c.z * 0.6
-    gain = (facing - 0.42) * (0.75 * p["light"]) + 1
+    gain = (facing - 0.42) * (0.90 * p["light"]) + 1
     c.shade(c.head, gain.clamp_(0.4, 1.45))
 
 
@@ -719,7 +721,7 @@ def _camera(c):
     x = _blockwise(x, 0.8)
     noise = _byte_planes(c, 6, 1)
     grain = noise[:, :3] + noise[:, 3:]
-    x = x + (grain * 0.6 + grain[:, :1] * 0.4) * (p["noise"] * 0.075)[:, None]
+    x = x + (grain * 0.6 + grain[:, :1] * 0.4) * (p["noise"] * 0.085)[:, None]
     return x
 
 # %% ../nbs/02_toyfaces.ipynb #d1b0c083
