@@ -690,7 +690,7 @@ def _light(c):
     p = c.p
     nx, ny = c.x * (1 / 0.72), (c.y - 0.05) * (1 / 0.98)
     facing = nx * p["light_x"] + ny * p["light_y"] + c.z * 0.6
-    gain = (facing - 0.42) * (0.90 * p["light"]) + 1
+    gain = (facing - 0.42) * (0.80 * p["light"]) + 1
     c.shade(c.head, gain.clamp_(0.4, 1.45))
 
 
@@ -721,7 +721,7 @@ def _camera(c):
     x = _blockwise(x, 0.8)
     noise = _byte_planes(c, 6, 1)
     grain = noise[:, :3] + noise[:, 3:]
-    x = x + (grain * 0.6 + grain[:, :1] * 0.4) * (p["noise"] * 0.085)[:, None]
+    x = x + (grain * 0.6 + grain[:, :1] * 0.4) * (p["noise"] * 0.072)[:, None]
     return x
 
 # %% ../nbs/02_toyfaces.ipynb #d1b0c083
