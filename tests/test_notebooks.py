@@ -193,3 +193,12 @@ def test_readme_examples_name_what_exists():
     for example in python_examples((ROOT / "README.md").read_text()):
         imports = [node for node in ast.parse(example).body if isinstance(node, ast.ImportFrom) and node.module.startswith("aimfair")]
         exec(compile(ast.Module(imports, []), "README.md", "exec"), {})
+
+
+def test_readme_shows_the_table_that_the_commands_made():
+    made = (ROOT / "figures" / "finetuning_strategies.md").read_text(encoding="utf-8")
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").partition("results: begin -->")[2].partition("<!-- results: end")[0]
+    rows = [line for line in made.splitlines() if line.startswith("|")]
+    assert len(rows) > 5
+    for row in [*rows, made.strip().splitlines()[-1]]:
+        assert row in shown, f"README.md lacks this line of figures/finetuning_strategies.md: {row}"

