@@ -200,21 +200,19 @@ def _tables(folder):
 
 @pytest.mark.slow
 def test_kill_nine_at_five_random_moments_changes_no_byte(tmp_path):
-    start = time.perf_counter()
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    "Five moments spread over the run: a random while after so many artifacts are there."
+    whole, broken, chance = tmp_path / "whole", tmp_path / "broken", random.Random(0)
     process = _reproduce(whole)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-    seconds, kills, moments = time.perf_counter() - start, 0, random.Random(0)
-    for _ in range(5):
+    for artifacts in (0, 2, 6, 10, 15):
         process = _reproduce(broken)
-        try:
-            process.wait(moments.uniform(0.15, 0.7) * seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
+        while process.poll() is None and len(list(broken.glob("runs/*/*/artifact.json"))) < artifacts:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 1))
+        assert process.poll() is None, "it ended before it was killed"
+        process.send_signal(signal.SIGKILL)
         process.communicate()
-    assert kills >= 3
     process = _reproduce(broken)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
