@@ -398,6 +398,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'aimfair.sensitivity.biased_counts': ('sensitivity.html#biased_counts', 'aimfair/sensitivity.py'),
                                      'aimfair.sensitivity.group_gradients': ('sensitivity.html#group_gradients', 'aimfair/sensitivity.py'),
                                      'aimfair.sensitivity.group_indices': ('sensitivity.html#group_indices', 'aimfair/sensitivity.py'),
+                                     'aimfair.sensitivity.group_sizes': ('sensitivity.html#group_sizes', 'aimfair/sensitivity.py'),
                                      'aimfair.sensitivity.mean_absolute_difference': ( 'sensitivity.html#mean_absolute_difference',
                                                                                        'aimfair/sensitivity.py'),
                                      'aimfair.sensitivity.mean_gradients': ('sensitivity.html#mean_gradients', 'aimfair/sensitivity.py'),

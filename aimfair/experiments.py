@@ -242,7 +242,8 @@ def load_profile(
         place = content
         for part in parents:
             place = place.setdefault(part, {})
-        place[last] = json.loads(value) if isinstance(value, str) and value[:1] == "[" else str(value) if isinstance(value, Path) else value
+        text = str(value) if isinstance(value, Path) else value
+        place[last] = json.loads(text) if isinstance(text, str) and text[:1] == "[" else text
     return Profile(**{"name": path.stem, **content})
 
 # %% ../nbs/11_experiments.ipynb #4beeceb2
@@ -362,8 +363,8 @@ class Images:
 
     def balanced(self):
         "The first `per_group` images of every group, D_S2."
-        from aimfair.sensitivity import group_indices, take_groups
-        have = {g: len(i) for g, i in group_indices(self.pool).items()}
+        from aimfair.sensitivity import group_sizes, take_groups
+        have = group_sizes(self.pool)
         want = self.profile.synthetic.per_group
         if short := {g: n for g, n in have.items() if n < want}:
             (t, p), n = next(iter(short.items()))
@@ -373,8 +374,8 @@ class Images:
 
     def biased(self):
         "The largest set with the bias of the training set, and not larger than it, D_S1."
-        from aimfair.sensitivity import biased_counts, group_indices, take_groups
-        have = {g: len(i) for g, i in group_indices(self.pool).items()}
+        from aimfair.sensitivity import biased_counts, group_sizes, take_groups
+        have = group_sizes(self.pool)
         bias = self.profile.data.bias
         n = int(min(self.profile.data.n, min(have[g] * 2 * (1 + bias) / (1 if g[0] != g[1] else bias) for g in have)))
         return take_groups(self.pool, biased_counts(n - n % 2, bias))

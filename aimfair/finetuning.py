@@ -13,7 +13,7 @@ from typing import Literal
 from torch import nn
 
 from .data import Faces
-from .sensitivity import Group, group_indices, take_groups
+from .sensitivity import Group, group_indices, group_sizes, take_groups
 from .training import Fitted, TrainConfig, fit, head_of
 
 # %% ../nbs/08_finetuning.ipynb #fb34fbbe
@@ -65,15 +65,15 @@ def shortage(
     synthetic: Faces,  # a pool with known groups
 ) -> dict[Group, int]:  # images missing to make every group as large as the largest, and not in the pool
     "How many synthetic images `repair` would want beyond those there are."
-    pool = {g: len(i) for g, i in group_indices(synthetic).items()}
+    pool = group_sizes(synthetic)
     return {g: n - pool.get(g, 0) for g, n in _missing(real, synthetic).items() if n > pool.get(g, 0)}
 
 
 def _missing(real, synthetic):
     "Images that each group lacks to be as large as the largest real one."
-    have = {g: len(i) for g, i in group_indices(real).items()}
-    groups = sorted(have.keys() | group_indices(synthetic).keys())
-    return {g: max(have.values()) - have.get(g, 0) for g in groups if have.get(g, 0) < max(have.values())}
+    have = group_sizes(real)
+    groups, largest = sorted(have.keys() | group_indices(synthetic).keys()), max(have.values())
+    return {g: largest - have.get(g, 0) for g in groups if have.get(g, 0) < largest}
 
 
 def repair(

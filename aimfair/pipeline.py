@@ -30,7 +30,17 @@ from torch import nn
 from .data import DataError, Faces, batches, folder, image_groups, load_faces, normalize
 from .finetuning import FINETUNE, Strategy, finetune, trainable_parameters
 from .metrics import fairness_report
-from .sensitivity import Gradients, Group, group_indices, mean_gradients, paper_k, select_parameters, sensitivity_table, take_groups
+from aimfair.sensitivity import (
+    Gradients,
+    Group,
+    group_indices,
+    group_sizes,
+    mean_gradients,
+    paper_k,
+    select_parameters,
+    sensitivity_table,
+    take_groups,
+)
 from .training import TrainConfig, WeightsError, create_model, evaluating, head_of, logits_of, pick_device, predict, read_weights
 
 # %% ../nbs/10_pipeline.ipynb #b920fbfa
@@ -412,10 +422,10 @@ class _Checkpoint:
         "The stored gradients, or new ones; in the model's order, which the file does not keep."
         from safetensors.torch import load_file, save_file
         if self.folder is None:
-            return {k: v.contiguous() for k, v in make().items()}  # as if stored: the layout decides the last digits of a sum
+            return make()
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():
-            save_file({k: v.contiguous() for k, v in make().items()}, self.folder / "gradients.tmp")
+            save_file(make(), self.folder / "gradients.tmp")
             os.replace(self.folder / "gradients.tmp", file)
         found = load_file(file)
         return {n: found[n] for n in order}
@@ -562,7 +572,7 @@ class AIMFair:
         "The facts of the run, D_S1 and D_S2."
         scores = group_scores(predict(model, sets.pool, device=device, precision=self.config.precision))
         majority = find_majority(scores) if self.majority is None else parse_majority(self.majority, sets.groups)
-        available = {g: len(i) for g, i in group_indices(sets.pool).items()}
+        available = group_sizes(sets.pool)
         d_s1, d_s2 = (take_groups(sets.pool, c) for c in (skewed_counts(available, majority, self.bias), balanced_counts(available)))
         images = {"real": sets.real, "validation": sets.val, "synthetic_biased": d_s1, "synthetic_balanced": d_s2,
                   "synthetic_held_out": sets.held_out, "test": sets.test or ()}
