@@ -11,14 +11,23 @@ from torch.nn import functional as F
 from aimfair.data import Augment, Faces, batches, normalize
 from aimfair.sensitivity import (
     biased_counts,
+    block_parameters,
+    blocks,
+    cosine_distance,
     group_gradients,
     group_indices,
+    make_mask,
+    mask_shares,
     mean_gradients,
+    partial_masks,
+    plot_masks,
+    random_parameters,
+    rank_units,
     select_parameters,
     sensitivity_table,
     take_groups,
 )
-from aimfair.training import narrow_resnet18
+from aimfair.training import head_of, narrow_resnet18
 
 
 def faces(n=64, seed=0):
@@ -127,3 +136,232 @@ def test_groups_are_taken_in_order_and_exactly():
     taken = take_groups(data, counts)
     expected = sorted(i for g, n in counts.items() for i in where[g][:n])
     assert taken.ids.tolist() == [str(i) for i in expected]
+
+
+def some_gradients(seed=0, shapes=None):
+    "Random whole numbers (so that there are ties) as gradients; a channel has a power of two elements (so that means are exact)."
+    shapes = shapes or {"conv.weight": (4, 2, 2, 2), "conv.bias": (4,), "scale": (), "head.weight": (2, 4), "head.bias": (2,)}
+    rng = np.random.default_rng(seed)
+
+    def one():
+        return {n: torch.tensor(rng.integers(-9, 10, s), dtype=torch.float32) for n, s in shapes.items()}
+
+    return dict(real=one(), synthetic_biased=one(), synthetic_balanced=one())
+
+
+def units_by_hand(sets, grain):
+    "[(name, position)], and two lists of sensitivities, by plain loops."
+    where, domain, bias = [], [], []
+    for name in sets["real"]:
+        r, s, b = (sets[k][name].double().numpy() for k in ("real", "synthetic_biased", "synthetic_balanced"))
+        positions = [()] if r.ndim == 0 else [(c,) for c in range(len(r))] if grain == "channel" else list(np.ndindex(r.shape))
+        for at in positions:
+            where.append((name, at))
+            domain.append(np.mean(np.abs(r[at] - s[at])))
+            bias.append(np.mean(np.abs(s[at] - b[at])))
+    return where, domain, bias
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 1000), share=st.floats(0.01, 1), grain=st.sampled_from(["channel", "element"]))
+def test_fine_masks_are_the_intersection_of_two_sorted_lists(seed, share, grain):
+    sets = some_gradients(seed)
+    where, domain, bias = units_by_hand(sets, grain)
+    n = max(1, round(share * len(where)))
+    first, second = sorted(range(len(where)), key=lambda i: domain[i])[:n], sorted(range(len(where)), key=lambda i: -bias[i])[:n]
+    expected = {where[i] for i in set(first) & set(second)}
+    ranking = rank_units(**sets, grain=grain)
+    if not expected:
+        with pytest.raises(ValueError, match=f"selects no {grain}: the two rankings first meet at k=") as e:
+            ranking.mask(share)
+        assert ranking.mask(float(str(e.value).split("meet at k=")[1].split()[0]))
+        return
+    mask = ranking.mask(share)
+    found = {(name, at[: 1 if grain == "channel" else None]) for name, m in mask.items() for at in np.argwhere(m.numpy()).tolist()
+             for at in [tuple(at)]}
+    assert found == expected
+    assert all(m.dtype == torch.bool and torch.broadcast_shapes(m.shape, sets["real"][n].shape) == sets["real"][n].shape
+               for n, m in mask.items())
+
+
+def chosen_elements(sets, mask):
+    return {n: torch.broadcast_to(mask[n], g.shape) if isinstance(mask, dict) and n in mask else torch.full(g.shape, n in mask)
+            for n, g in sets["real"].items()}
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 1000), grain=st.sampled_from(["tensor", "channel", "element"]), ks=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_masks_grow_with_k_until_they_hold_everything(seed, grain, ks):
+    sets = some_gradients(seed)
+    ranking = rank_units(**sets, grain=grain)
+    low, high = sorted(k * (1 - ranking.smallest_k) + ranking.smallest_k if grain != "tensor"
+                       else ranking.smallest_k + round(k * (len(ranking) - ranking.smallest_k)) for k in ks)
+    small, large = (chosen_elements(sets, ranking.mask(k)) for k in (low, high))
+    assert all((large[n] | ~small[n]).all() for n in small)
+    everything = chosen_elements(sets, ranking.mask(len(ranking) if grain == "tensor" else 1))
+    assert all(m.all() for m in everything.values())
+    n = ranking.kept(high)
+    assert 2 * n - len(ranking) <= int(ranking.chosen(high).sum()) <= n
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 1000), k=st.integers(1, 6), grain=st.sampled_from(["channel", "element"]))
+def test_fine_masks_of_single_units_agree_with_masks_of_tensors(seed, k, grain):
+    "Where every tensor is one channel (or one element), ranking channels is ranking tensors."
+    sets = some_gradients(seed, {f"t{i}": (1, 4, 2) if grain == "channel" else (1,) for i in range(6)})
+    tensors, fine = rank_units(**sets), rank_units(**sets, grain=grain)
+    assert torch.equal(tensors.domain, fine.domain) and torch.equal(tensors.bias, fine.bias)
+    if k >= tensors.smallest_k:
+        mask = fine.mask(k / 6)
+        assert mask.keys() == tensors.mask(k) and all(m.all() for m in mask.values())
+
+
+@pytest.mark.parametrize("grain", ["channel", "element"])
+@pytest.mark.parametrize("k", [0, -0.1, 1.01, 5, True, "0.5"])
+def test_a_share_out_of_range(grain, k):
+    with pytest.raises(ValueError, match=r"not a share in \(0, 1\]"):
+        rank_units(**some_gradients(), grain=grain).mask(k)
+
+
+def test_errors_of_rankings_name_the_choices():
+    sets = some_gradients()
+    with pytest.raises(ValueError, match="choose tensor, channel, element"):
+        rank_units(**sets, grain="layer")
+    with pytest.raises(ValueError, match="choose absolute, cosine"):
+        select_parameters(**sets, measure="euclid")
+    with pytest.raises(ValueError, match="from 1 to 5"):
+        rank_units(**sets).mask("3")
+    sets["synthetic_biased"]["head.weight"][1, 2] = float("inf")
+    for grain in ("tensor", "channel", "element"):
+        with pytest.raises(ValueError, match=r"gradient of head.weight is not finite"):
+            rank_units(**sets, grain=grain)
+    del sets["real"]["scale"]
+    with pytest.raises(ValueError, match="'scale' is in one only"):
+        rank_units(**sets, grain="channel")
+
+
+@settings(max_examples=60)
+@given(u=st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=6), v=st.lists(st.floats(-5, 5, width=32), min_size=6, max_size=6))
+def test_the_cosine_distance_is_numpys(u, v):
+    a, b = np.array(u, np.float64), np.array(v[: len(u)], np.float64)
+    ours = cosine_distance({"w": torch.tensor(a, dtype=torch.float32)}, {"w": torch.tensor(b, dtype=torch.float32)})["w"]
+    if not a.any() or not b.any():
+        assert ours == (a.any() != b.any())
+    else:
+        scaled = a / np.abs(a).max(), b / np.abs(b).max()
+        assert ours == pytest.approx(1 - scaled[0] @ scaled[1] / np.sqrt((scaled[0] ** 2).sum() * (scaled[1] ** 2).sum()), abs=1e-9)
+        assert 0 <= ours <= 2 + 1e-9
+
+
+def test_the_cosine_mask_ranks_by_angle():
+    "Gradients of two numbers at known angles; the largest differences in length must not matter."
+    def at(degrees, length):
+        return torch.tensor([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], dtype=torch.float32) * length
+
+    turn_domain, turn_bias = [5, 20, 40, 80], [90, 10, 60, 30]
+    real, biased, balanced = ({f"t{i}": at(a[i], 10.0 ** (i * s)) for i in range(4)}
+                              for a, s in ((turn_domain, 2), ([0] * 4, -1), (turn_bias, 1)))
+    sets = dict(real=real, synthetic_biased=biased, synthetic_balanced=balanced)
+    table = sensitivity_table(**sets, k=3, measure="cosine")
+    assert table.domain.to_numpy() == pytest.approx(1 - np.cos(np.radians(turn_domain)), abs=1e-6)
+    assert set(table.index[table.selected]) == select_parameters(**sets, k=3, measure="cosine") == {"t0", "t2"}
+    assert select_parameters(**sets, k=3) != {"t0", "t2"}
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 10_000), shares=st.tuples(st.floats(0.001, 1), st.floats(0.001, 1)))
+def test_random_masks_are_nested_and_repeat_with_their_seed(seed, shares):
+    model = torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(10)))
+    low, high = (random_parameters(model, s, seed=seed) for s in sorted(shares))
+    assert low <= high <= {n for n, _ in model.named_parameters()}
+    assert [len(low), len(high)] == [max(1, round(20 * s)) for s in sorted(shares)]
+    assert high == random_parameters(model, max(shares), seed=seed)
+
+
+def test_random_masks_favour_no_tensor():
+    model = torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(10)))
+    drawn = [n for seed in range(400) for n in random_parameters(model, 0.4, seed=seed)]
+    counts = np.array([drawn.count(n) for n, _ in model.named_parameters()])
+    assert counts.sum() == 400 * 8 and (np.abs(counts - 160) < 5 * np.sqrt(400 * 0.4 * 0.6)).all()
+
+
+MODELS = ["resnet18", "resnet152", "vgg11", "mobilenet_v3_small", "vit_b_16", "densenet121", "convnext_base", "swin_t", "squeezenet1_1"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_part_the_tensors_of_any_model(name):
+    from torchvision import models
+    with torch.device("meta"):
+        model = models.get_model(name)
+    names = [n for n, _ in model.named_parameters()]
+    found = blocks(model)
+    assert sorted(n for inside in found.values() for n in inside) == sorted(names)
+    assert len(found) >= 6 and {n for n in names if n.startswith(head_of(model) + ".")} <= set(found["head"])
+    assert name.startswith("resnet") or max(len(inside) for inside in found.values()) <= len(names) / 2
+    for block in found:
+        inside, outside = block_parameters(model, block), block_parameters(model, block, others=True)
+        assert inside and not inside & outside and inside | outside == set(names)
+
+
+def test_blocks_of_residual_networks_are_the_papers():
+    from torchvision import models
+    with torch.device("meta"):
+        deep, wrapped = models.resnet152(), torch.nn.ModuleDict({"backbone": models.resnet18()})
+    wrapped["backbone"].fc = torch.nn.Identity()
+    wrapped["out"] = torch.nn.Linear(512, 1)
+    assert list(blocks(deep)) == ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
+    assert list(blocks(wrapped)) == ["stem", "backbone.layer1", "backbone.layer2", "backbone.layer3", "backbone.layer4", "head"]
+    assert blocks(wrapped)["stem"] == ["backbone.conv1.weight", "backbone.bn1.weight", "backbone.bn1.bias"]
+
+
+def test_a_model_of_one_block():
+    one = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 1))
+    assert blocks(one) == {"head": ["1.weight", "1.bias"]}
+    with pytest.raises(ValueError, match="head is the only block"):
+        block_parameters(one, "head", others=True)
+    assert not any(name.startswith("but-") for name in partial_masks(one))
+
+
+def test_gradients_are_asked_for_only_where_a_mask_needs_them():
+    model, asked = narrow_resnet18(8), []
+
+    def gradients():
+        asked.append(1)
+        rng = np.random.default_rng(0)
+        one = lambda: {n: torch.from_numpy(rng.normal(size=tuple(p.shape)).astype(np.float32)) for n, p in model.named_parameters()}  # noqa: E731
+        return dict(real=one(), synthetic_biased=one(), synthetic_balanced=one())
+
+    for name in partial_masks(model):
+        before = len(asked)
+        mask = make_mask(model, name, gradients=gradients)
+        assert len(asked) - before == (name in ("cosine", "absolute", "channel", "element"))
+        assert (mask_shares(model, mask) > 0).sum() == len(mask)
+    assert make_mask(model, "absolute", gradients=gradients(), k=40) == select_parameters(**gradients(), k=40)
+    for wrong in ("random-", "random-x", "only-", "only-layer9", "but-fc", "absolut", ""):
+        with pytest.raises(ValueError, match="choose "):
+            make_mask(model, wrong)
+    for wrong in ("random-0", "random-101"):
+        with pytest.raises(ValueError, match="not in"):
+            make_mask(model, wrong)
+
+
+def test_shares_of_a_mask_count_its_elements():
+    model = narrow_resnet18(8)
+    mask = {"conv1.weight": torch.arange(8).reshape(8, 1, 1, 1) < 2, "fc.weight": torch.arange(64).reshape(1, 64) < 16,
+            "fc.bias": torch.tensor([False])}
+    shares = mask_shares(model, mask)
+    assert shares["conv1.weight"] == shares["fc.weight"] == 0.25 and shares.sum() == 0.5
+    assert mask_shares(model, {"fc.bias"}).sum() == 1
+    for wrong, message in (({"x": torch.tensor([True])}, "no parameter 'x'"), ({"fc.bias": torch.tensor([1.0])}, "is float32"),
+                           ({"fc.bias": torch.ones(2, dtype=torch.bool)}, r"shape \(2,\); expected"),
+                           ({"fc.bias": torch.ones(1, 1, 1, dtype=torch.bool)}, "expected booleans")):
+        with pytest.raises(ValueError, match=message):
+            mask_shares(model, wrong)
+
+
+def test_the_picture_of_masks_has_a_row_each():
+    model = narrow_resnet18(8)
+    ax = plot_masks(model, {"head": {"fc.weight", "fc.bias"}, "all": {n for n, _ in model.named_parameters()}}).axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["head (2; 0 %)", "all (62; 100 %)"]
+    values = ax.collections[0].get_array().reshape(2, 62)
+    assert values.sum(1).tolist() == [2, 62]
