@@ -15,7 +15,9 @@ from typing import Annotated
 import typer
 
 # %% auto #0
-__all__ = ['app', 'data_app', 'parse_bias', 'parse_settings', 'data_split', 'reproduce', 'status', 'debias', 'explain', 'main']
+__all__ = ['app', 'data_app', 'prompts_app', 't2i_app', 'parse_bias', 'parse_settings', 'data_split', 'reproduce', 'status',
+           'debias', 'prompts_list', 'prompts_show', 'prompts_write', 'parse_filter', 'synthesize', 't2i_train',
+           't2i_sheet', 'explain', 'main']
 
 # %% ../nbs/13_cli.ipynb #4ce8b38e
 _PLAIN = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False,
@@ -24,6 +26,10 @@ _PLAIN = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_
 app = typer.Typer(name="aimfair", help="Fairer image classifiers, without anybody's group labels.", **_PLAIN)
 data_app = typer.Typer(help="Choose images for biased training sets.", **_PLAIN)
 app.add_typer(data_app, name="data")
+prompts_app = typer.Typer(help="Prompts for a text-to-image model, written by a language model.", **_PLAIN)
+app.add_typer(prompts_app, name="prompts")
+t2i_app = typer.Typer(help="A small text-to-image model of your own.", **_PLAIN)
+app.add_typer(t2i_app, name="t2i")
 
 
 def _show_version(wanted: bool):
@@ -51,7 +57,9 @@ def _aimfair(
 
 
 @data_app.callback(invoke_without_command=True)
-def _data(context: typer.Context):
+@prompts_app.callback(invoke_without_command=True)
+@t2i_app.callback(invoke_without_command=True)
+def _group(context: typer.Context):
     _help_without_command(context)
 
 # %% ../nbs/13_cli.ipynb #41fa3586
@@ -251,6 +259,169 @@ def debias(
 
     channels = {name: _channels(name, given[name]) for name in ("mean", "std") if name in given}
     typer.echo(debias_command({**given, "bias": parse_bias(bias), **channels}))
+
+# %% ../nbs/13_cli.ipynb #5459566e
+_STYLE = "plain, contextual or contextual-pose"
+
+
+@prompts_app.command("list")
+def prompts_list():
+    "Name the tasks whose prompt sets ship."
+    from aimfair.prompts import STYLES, TASKS
+
+    for task in TASKS.values():
+        typer.echo(f"{task.name:26}{task.description}")
+    typer.echo(f"styles: {', '.join(STYLES)}")
+
+
+@prompts_app.command("show")
+def prompts_show(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="a task from `aimfair prompts list`, or a prompt set's .json file")],
+    style: Annotated[str, _option("NAME", _STYLE)] = "contextual-pose",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, with `groups` by name such as 1_0")] = False,
+):
+    "Print a prompt set."
+    from aimfair.prompts import load_prompts
+
+    prompts = load_prompts(task, style)
+    typer.echo(prompts.to_json() if as_json else prompts.to_text())
+
+
+@prompts_app.command("write")
+def prompts_write(
+    task: Annotated[str, typer.Argument(metavar="TASK_OR_FILE", help="a task that ships, or a .json or .toml file that describes one")],
+    style: Annotated[str, _option("NAME", _STYLE)] = "contextual-pose",
+    backend: Annotated[str, _option("NAME", "grammar, transformers or openai")] = "grammar",
+    model: Annotated[str | None, _option("NAME", "transformers: smollm2, hub id, folder or .gguf file; openai: the server's name")] = None,
+    base_url: Annotated[str | None, _option("URL", "openai: the server; by default OPENAI_BASE_URL")] = None,
+    per_group: Annotated[int, _option("N", "prompts of each group", min=1)] = 50,
+    seed: Annotated[int, _option("N", "of all that is random")] = 0,
+    matched: Annotated[bool, typer.Option("--matched/--no-matched", help="give every group the same contexts")] = True,
+    budget: Annotated[int, _option("N", "requests at most, in all (or of each group, with --no-matched)", min=1)] = 60,
+    out: Annotated[Path | None, _option("FILE", "JSON file to write  [required]", dir_okay=False)] = None,
+):
+    """Have a language model write a prompt set.
+
+    Answers are kept beside the file until it is complete: after Ctrl-C or a kill, the same command goes on where it was.
+    """
+    _require(out=out)
+    from aimfair import prompts
+
+    written = prompts.write_file(out, task, style, backend=prompts.get_backend(backend, model, base_url), per_group=per_group, seed=seed,
+                                 matched=matched, budget=budget, progress=backend != "grammar")
+    typer.echo(f"{out}: {written!r}")
+
+# %% ../nbs/13_cli.ipynb #0d6d6c20
+def parse_filter(
+    text: str,  # "distinct=0.02" or "agreement=0.25@CLIP"
+) -> tuple[str, float, str | None]:  # kind, threshold, model
+    "A filter given with --filter. Raises ValueError."
+    kind, equals, rest = text.partition("=")
+    number, at, model = rest.partition("@")
+    try:
+        threshold = float(number)
+    except ValueError:
+        threshold = None
+    if not equals or threshold is None or (at and not model):
+        raise ValueError(f"--filter {text!r} is not KIND=THRESHOLD[@MODEL], such as distinct=0.02 or agreement=0.25@FOLDER_OF_CLIP")
+    _choose("filter", kind, ["agreement", "distinct"])
+    return kind, threshold, model or None
+
+
+def _image_filter(text, device):
+    "The filter that --filter asks for."
+    from aimfair import synthesis
+
+    kind, threshold, model = parse_filter(text)
+    if kind == "distinct":
+        return synthesis.NearDuplicate(threshold, **({"space": model} if model else {}))
+    return synthesis.text_image_agreement(*([model] if model else []), threshold=threshold, device=device)
+
+# %% ../nbs/13_cli.ipynb #f61032ce
+@app.command()
+def synthesize(
+    prompts: Annotated[str | None, _option("TASK|FILE", "frozen task, such as toy-smiling-male, or a JSON file  [required]")] = None,
+    style: Annotated[str, _option("NAME", "of a frozen task's prompts: plain, contextual or contextual-pose")] = "contextual-pose",
+    generator: Annotated[str, _option("NAME|FOLDER", "bundled, a diffusers pipeline folder, or a hub id")] = "bundled",
+    per_group: Annotated[int | None, _option("N", "images of each group  [required]", min=1)] = None,
+    out: Annotated[Path | None, _option("FOLDER", "folder of the set  [required]", file_okay=False)] = None,
+    steps: Annotated[int | None, _option("N", "denoising steps; by default what the generator recommends", min=1)] = None,
+    guidance: Annotated[float | None, _option("X", "guidance scale; by default what the generator recommends", min=0)] = None,
+    negative_prompt: Annotated[str | None, _option("TEXT", "what to keep out of every image")] = None,
+    scheduler: Annotated[str | None, _option("NAME", "a diffusers scheduler, such as DDIMScheduler; by default its own")] = None,
+    size: Annotated[int | None, _option("N", "pixels of a side to render at; by default the generator's own", min=8)] = None,
+    resize: Annotated[int | None, _option("N", "pixels of a side to store; by default as rendered", min=8)] = None,
+    dtype: Annotated[str | None, _option("NAME", "float32, float16 or bfloat16")] = None,
+    batch_size: Annotated[int, _option("N", "images at a time; halved where memory runs out", min=1)] = 16,
+    seed: Annotated[int, _option("N", "of the set")] = 0,
+    filters: Annotated[list[str] | None, _option("KIND=X", "distinct=0.02, or agreement=0.25@CLIP; may be repeated", "--filter")] = None,
+    max_attempts: Annotated[int, _option("N", "images made for each one wanted, per group, at most", min=1)] = 10,
+    shard: Annotated[str, _option("I/N", "do part i of n, from 0/n; parts may run at the same time")] = "0/1",
+    device: Annotated[str | None, _option("NAME", "cpu, cuda or mps; by default the best there is")] = None,
+):
+    """Render a prompt set into labelled images.
+
+    Writes FOLDER/T_P/000001.png and so on, and FOLDER/manifest.parquet. Images that are there are never made again, overwritten or
+    deleted: repeat the command to go on after an interruption, or with a larger --per-group to make the set grow.
+    """
+    _require(prompts=prompts, per_group=per_group, out=out)
+    from aimfair import synthesis
+
+    settings = {"steps": steps, "guidance_scale": guidance, "negative_prompt": negative_prompt, "scheduler": scheduler, "size": size,
+                "resize": resize, "dtype": dtype, "batch_size": batch_size}
+    config = synthesis.make_config(**{name: value for name, value in settings.items() if value is not None})
+    part = synthesis.parse_shard(shard)
+    rows = synthesis.synthesize(prompts, generator=generator, per_group=per_group, out=out, seed=seed, config=config, style=style,
+                                filters=[_image_filter(text, device) for text in filters or []], max_attempts=max_attempts,
+                                shard=part, device=device)
+    counts = rows.groupby("group").size()
+    typer.echo(f"{out}: {len(rows)} images: {', '.join(f'{n} of {group}' for group, n in counts.items())}")
+    report = synthesis.rejection_report(out)
+    if report.made["all"] > report.kept["all"]:
+        typer.echo(report.to_string())
+
+# %% ../nbs/13_cli.ipynb #b7fd3ced
+@t2i_app.command("train")
+def t2i_train(
+    out: Annotated[Path | None, _option("FOLDER", "folder of the diffusers pipeline  [required]", file_okay=False)] = None,
+    data: Annotated[str, _option("drawn|FOLDER", "drawn faces; or CelebA's layout, or images with captions")] = "drawn",
+    n: Annotated[int, _option("N", "faces to draw, for drawn", "--n", min=8)] = 48_000,
+    exclude: Annotated[Path | None, _option("FOLDER", "leave out images named like a file here, such as test images", exists=True)] = None,
+    mirror: Annotated[bool | None, typer.Option("--mirror/--no-mirror", help="mirror images, too; by default all but drawn")] = None,
+    settings: Annotated[list[str] | None, _option("KEY=VALUE", "replace a setting, such as steps; may be repeated", "--set")] = None,
+    seed: Annotated[int, _option("N", "of all that is random")] = 0,
+    device: Annotated[str | None, _option("NAME", "cpu or cuda; by default the best there is")] = None,
+):
+    """Train a small text-to-image model.
+
+    Writes a folder that diffusers loads as a pipeline. Its subfolder training holds checkpoints and sample sheets, and may be removed.
+    """
+    _require(out=out)
+    values = parse_settings(settings or [])
+    from aimfair import t2i
+
+    typer.echo(t2i.train_command(data, out=out, settings=values, n=n, exclude=exclude, mirror=mirror, seed=seed, device=device))
+
+
+@t2i_app.command("sheet")
+def t2i_sheet(
+    generator: Annotated[str, _option("NAME|FOLDER", "bundled, a diffusers pipeline folder, or a hub id")] = "bundled",
+    prompt: Annotated[list[str] | None, _option("TEXT", "a prompt; may be repeated; by default a selection of faces")] = None,
+    out: Annotated[Path | None, _option("FILE", "PNG file to write  [required]", dir_okay=False)] = None,
+    seed: Annotated[int, _option("N", "of the noise that images start from")] = 0,
+):
+    "Draw a sheet of samples."
+    _require(out=out)
+    from aimfair import synthesis, t2i
+
+    pipe = synthesis.load_generator(generator)
+    config = synthesis.resolve_config(pipe)
+    prompts = prompt or t2i.SHEET_PROMPTS
+    sheet = t2i.sample_sheet(pipe, prompts, steps=config.steps, guidance_scale=config.guidance_scale, seed=seed,
+                             columns=min(8, len(prompts)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(out, format="PNG")
+    typer.echo(out)
 
 # %% ../nbs/13_cli.ipynb #d9a3c14a
 def _line(text, most=600):

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 # %% auto #0
-__all__ = ['STYLES', 'TONES', 'N_UNIFORMS', 'sample_factors', 'annotations', 'draw', 'caption', 'write_celeba', 'write_utkface',
-           'write_groups']
+__all__ = ['STYLES', 'TONES', 'N_UNIFORMS', 'sample_factors', 'annotations', 'draw', 'details', 'looking', 'caption',
+           'write_celeba', 'write_utkface', 'write_groups']
 
 # %% ../nbs/02_toyfaces.ipynb #770319db
 STYLES = ("photo", "studio")
@@ -783,12 +783,30 @@ def _hair_words(r):
 
 
 
+def _details(r):
+    extras = {"a beard": r.beard, "a mustache": r.moustache, "glasses": r.glasses, "red lipstick": r.lipstick}
+    return [f"{TONES[_tone_band(r.tone)]} skin", *_hair_words(r), *(words for words, there in extras.items() if there > 0.5)]
+
+
 def _caption(r):
     smiling, young = "smiling" if r.smile > 0.5 else "non-smiling", "young" if r.age < 42 else "older"
-    extras = {"a beard": r.beard, "a mustache": r.moustache, "glasses": r.glasses, "red lipstick": r.lipstick}
-    *items, last = [f"{TONES[_tone_band(r.tone)]} skin", *_hair_words(r), *(words for words, there in extras.items() if there > 0.5)]
+    *items, last = _details(r)
     listed = f"{', '.join(items)} and {last}"
     return f"Portrait face photo of a {smiling} {young} {'male' if r.gender > 0.5 else 'female'} with {listed}, looking {_looking(r)}"
+
+
+def details(
+    factors: pd.DataFrame,  # from `sample_factors`
+) -> list[list[str]]:  # of each face: skin tone, hair or hat, beard, glasses, lipstick, as far as there are any
+    "What there is to say about a face besides smile, gender cue and age."
+    return [_details(r) for r in factors.itertuples()]
+
+
+def looking(
+    factors: pd.DataFrame,  # from `sample_factors`
+) -> list[str]:  # of each face, e.g. "straight ahead", "left", "down and left"
+    "Where a face looks."
+    return [_looking(r) for r in factors.itertuples()]
 
 
 def caption(

@@ -15,12 +15,16 @@ import pytest
 
 from aimfair.experiments import (
     METHODS,
+    STRATEGIES,
     Profile,
     Stage,
     Store,
+    about_synthetic,
     fingerprint,
+    load_images,
     load_profile,
     profiles,
+    prompts_of,
     reproduce,
     run,
     settings_of,
@@ -28,8 +32,10 @@ from aimfair.experiments import (
 )
 from aimfair.sensitivity import group_indices
 
-TINY = {"data.n": 80, "data.n_train": 200, "data.n_val": 40, "data.n_test": 80, "synthetic.pool": 40, "synthetic.per_group": 20,
-        "train.epochs": 2, "finetune.epochs": 1, "train.batch_size": 16, "finetune.batch_size": 16, "mask.batch_size": 16}
+TINY = {"data.n": 80, "data.n_train": 200, "data.n_val": 40, "data.n_test": 80, "synthetic.kind": "studio", "synthetic.pool": 40,
+        "synthetic.per_group": 20, "train.epochs": 2, "finetune.epochs": 1, "train.batch_size": 16, "finetune.batch_size": 16,
+        "mask.batch_size": 16}
+GENERATED = TINY | {"synthetic.kind": "generated", "synthetic.steps": 2}
 
 
 class TestStore:
@@ -135,7 +141,7 @@ class TestRun:
     def test_every_method_predicts_the_whole_test_set(self, tiny):
         results, _ = tiny
         sizes = results.predictions.groupby(["method", "seed"]).id.nunique()
-        assert len(sizes) == 2 * len(METHODS) and (sizes == 80).all()
+        assert len(sizes) == 2 * len(STRATEGIES) and (sizes == 80).all()
 
     def test_training_never_sees_validation_or_test_images(self, tiny):
         images = tiny[0].bench.images
@@ -187,8 +193,50 @@ class TestRun:
         assert fingerprint(table) != first
 
 
+def test_every_method_of_every_table_runs(tiny):
+    "The comparison, and all partial strategies, on the store of the tiny experiment: what they share is there already."
+    results, store = tiny
+    names = [m for m in METHODS if m not in STRATEGIES]
+    done = run("toy", names, seeds=1, settings=TINY, store=store, workers=1, progress=False)
+    assert sorted(done.predictions.method.unique()) == sorted(names) and done.predictions.logit.notna().all()
+    trained = [about for about in status(store).itertuples() if about.stage == "train"]
+    assert sum("real, seed 100" in about.what for about in trained) == 1, "all share one biased model"
+
+
+class TestGenerated:
+    "The bundled generator and frozen prompts in the place of drawn studio faces."
+
+    def test_images_come_from_the_frozen_prompts_of_the_task(self, tmp_path):
+        small = GENERATED | {"synthetic.pool": 3, "synthetic.per_group": 2, "data.protected": "Male", "synthetic.shards": 3}
+        profile = load_profile("toy", small)
+        prompts = prompts_of(profile)
+        assert (prompts.task.name, prompts.style) == ("toy-smiling-male", "contextual-pose")
+        images = load_images(profile, Store(tmp_path))
+        assert {g: len(i) for g, i in group_indices(images.pool).items()} == {g: 3 for g in ((0, 0), (0, 1), (1, 0), (1, 1))}
+        manifests = [pd.read_parquet(p) for p in tmp_path.glob("synthesis/*/manifest.parquet")]
+        rows = pd.concat(manifests)
+        assert len(manifests) == 3 and all(r.prompt in prompts.groups[r.group] for r in rows.itertuples())
+        alone = load_images(load_profile("toy", small | {"synthetic.shards": 1}), Store(tmp_path / "one"))
+        difference = images.pool.gather(slice(None)).int() - alone.pool.gather(slice(None)).int()
+        assert alone.pool.ids.tolist() == images.pool.ids.tolist() and difference.abs().max() <= 2
+
+    def test_naming_a_generator_is_enough(self, tmp_path):
+        profile = load_profile("celeba64", {"generator": "bundled"})
+        assert profile.synthetic.kind == "generated" and prompts_of(profile).task.name == "celeba-smiling-male"
+        assert load_profile("celeba64").synthetic.kind == "celeba"
+        assert "contextual-pose prompts, rendered by the bundled generator" in about_synthetic(profile)
+
+    @pytest.mark.parametrize("settings,words", [
+        ({"generator": "no/such/folder"}, "no such folder"), ({"synthetic.prompts": "toy-smiling-mail"}, "toy-smiling-male"),
+        ({"synthetic.style": "plane"}, "plain"), ({"data.protected": "Young"}, "toy-smiling-young")])
+    def test_what_is_not_there_is_told_before_anything_is_trained(self, tmp_path, settings, words):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            run("toy", store=tmp_path, settings=GENERATED | settings, workers=1, progress=False)
+        assert not (tmp_path / "train").exists()
+
+
 def _reproduce(folder, *more):
-    sets = [x for k, v in TINY.items() for x in ("--set", f"{k}={v}")]
+    sets = [x for k, v in GENERATED.items() for x in ("--set", f"{k}={v}")]
     places = ["--store", folder / "runs", "--out", folder / "out"]
     command = [sys.executable, "-m", "aimfair.cli", "reproduce", "--seeds", "1", *places, *sets, *more]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -254,7 +302,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_real_faces_end_to_end_at_tiny_size(real_data, tmp_path):
-    small = {k: v for k, v in TINY.items() if not k.startswith(("data.n_", "synthetic.pool"))} | {"data.size": 32}
+    small = {k: v for k, v in TINY.items() if not k.startswith(("data.n_", "synthetic.pool", "synthetic.kind"))} | {"data.size": 32}
     results = run("celeba64", settings=small | {"data.root": str(real_data / "celeba-10k"), "synthetic.root": str(real_data / "celeba-6k")},
                   store=tmp_path, workers=1, progress=False)
     images = results.bench.images

@@ -1,0 +1,273 @@
+"The recipe of the small text-to-image model: captions, words, the exact encoder, and training that survives."
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from aimfair import t2i, toyfaces
+from aimfair.data import DataError
+
+TINY = {"decoder_steps": 6, "decoder_batch": 4, "decoder_width": 8, "channels": (16, 32), "head_dim": 16, "text_width": 32,
+        "text_layers": 1, "tokens": 24, "vocabulary": 640, "steps": 8, "batch_size": 4,
+        "warmup": 2, "checkpoint_every": 2, "sheet_every": 8, "sampling_steps": 2, "latent_channels": 8}
+
+
+@pytest.fixture(scope="module")
+def faces():
+    return t2i.drawn_faces(24, seed=7, per_face=2)
+
+
+@pytest.fixture(scope="module")
+def trained(faces, tmp_path_factory):
+    out = tmp_path_factory.mktemp("t2i") / "tiny"
+    t2i.train_t2i(*faces, out=out, config=t2i.T2IConfig(**TINY), progress=False)
+    return out
+
+
+# ---------------------------------------------------------------- captions
+
+WORDS = {"male": r"\b(male|man)\b", "female": r"\b(female|woman)\b", "smile": r"smil|cheer", 
+         "none": r"non-smiling|not smiling|unsmiling|without|neutral|serious"}
+
+
+@given(seed=st.integers(0, 10_000), smiling=st.sampled_from([0, 1]), male=st.sampled_from([0, 1]), young=st.sampled_from([0, 1, None]))
+@settings(max_examples=200, deadline=None)
+def test_a_caption_says_what_is_known_and_nothing_else(seed, smiling, male, young):
+    text = t2i.compose_caption(np.random.default_rng(seed), smiling=smiling, male=male, young=young, details=["glasses"], pose="left")
+    assert bool(re.search(WORDS["male"], text)) == bool(male) and bool(re.search(WORDS["female"], text)) == (not male)
+    if smiling:
+        assert not re.search(WORDS["none"], text)
+    elif re.search("smil", text):
+        assert re.search(WORDS["none"], text)
+    if young is None:
+        assert not re.search(r"\b(young|youthful|old|older|senior|elderly)\b", text)
+    assert not re.search(r"\bright\b", text) and text == text.strip() and "  " not in text
+
+
+def test_captions_of_a_face_differ_and_repeat_with_the_seed():
+    table = pd.DataFrame({"Smiling": [1] * 20, "Male": [0] * 20, "Young": [1] * 20, "Eyeglasses": [1] * 20, "Black_Hair": [1] * 20})
+    first, again, other = (t2i.attribute_captions(table, per_face=5, seed=s) for s in (0, 0, 1))
+    assert first == again != other
+    assert len({c for some in first for c in some}) > 60
+
+
+def test_drawn_faces_are_balanced_and_described():
+    images, captions = t2i.drawn_faces(400, seed=3, per_face=1)
+    assert images.shape == (400, 3, 64, 64) and images.dtype == np.uint8
+    smile = [bool(re.search("smil|cheer", c[0])) and not re.search(WORDS["none"], c[0]) for c in captions]
+    male = [bool(re.search(WORDS["male"], c[0])) for c in captions]
+    assert 0.38 < np.mean(smile) < 0.58 and 0.42 < np.mean(male) < 0.58
+    assert abs(np.corrcoef(smile, male)[0, 1]) < 0.15
+
+
+# ---------------------------------------------------------------- the autoencoder
+
+
+def test_the_encoder_is_the_principal_components(faces):
+    "Against numpy's own decomposition of patches cut by hand."
+    images = faces[0]
+    vae = t2i.create_autoencoder(images, t2i.T2IConfig(**TINY | {"latent_channels": 48}))
+    x = images.astype(np.float64) / 127.5 - 1
+    rows = x.reshape(len(x), 3, 16, 2, 2, 16, 2, 2).transpose(0, 2, 5, 3, 6, 4, 7, 1).reshape(-1, 48)  # order of pixels is free
+    with torch.no_grad():
+        z = vae.encoder(torch.from_numpy(x).float()).permute(0, 2, 3, 1).reshape(-1, 48).double().numpy()
+    assert abs(z.mean(0)).max() < 1e-4
+    back, *_ = np.linalg.lstsq(np.c_[z, np.ones(len(z))], rows, rcond=None)
+    assert abs(np.c_[z, np.ones(len(z))] @ back - rows).max() < 1e-3, "48 components of 48 numbers must hold everything"
+    assert np.isclose(np.sqrt(np.mean((z * vae.config.scaling_factor) ** 2)), 1, atol=0.05)
+
+
+def test_fewer_components_keep_the_most_weighted_contrast(faces):
+    images = faces[0]
+    mean, directions, _ = t2i.patch_components(images, 6)
+    rows = t2i._patches(t2i._pixels(images, slice(None))).double()
+    weight = 0.5 / ((rows.mean(1, keepdim=True) + 1) / 2 + 0.08)
+    centred = ((rows - mean) * weight).numpy()
+
+    def lost(basis):
+        return np.square(centred - centred @ basis.T @ basis).sum()
+
+    random = np.linalg.qr(np.random.default_rng(0).normal(size=(48, 6)))[0].T
+    assert lost(directions.double().numpy()) < 0.5 * lost(random)
+    singular = np.linalg.svd(centred, compute_uv=False)
+    assert np.isclose(lost(directions.double().numpy()), np.square(singular[6:]).sum(), rtol=1e-3)
+
+
+def test_the_loss_weighs_contrast_not_brightness():
+    def loss(skin):
+        image = torch.full((1, 3, 32, 32), skin)
+        marked = image * torch.where(torch.arange(32) % 16 < 3, 0.7, 1.0)
+        return t2i.contrast_loss(image * 2 - 1, marked * 2 - 1, floor=0.0).item()
+    assert np.isclose(loss(0.15), loss(0.9), rtol=1e-3)
+    plain = [((1 - torch.where(torch.arange(32) % 16 < 3, 0.7, 1.0)) * skin).abs().mean().item() for skin in (0.15, 0.9)]
+    assert plain[1] / plain[0] > 5, "the plain difference of pixels hardly sees dark faces"
+
+
+# ---------------------------------------------------------------- the words
+
+
+def test_words_of_the_captions_are_single_tokens(faces):
+    tokenizer = t2i.train_tokenizer([c for some in faces[1] for c in some] * 3, vocabulary=900, length=24)
+    ids = tokenizer("a smiling male with brown skin").input_ids
+    assert len(ids) == 8 and ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+    strange = tokenizer("Zürich, 東京 & <b>!").input_ids
+    assert len(strange) > 8 and strange.count(tokenizer.eos_token_id) == 1, "unknown text has tokens, and none is taken for the end"
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_the_folder_is_a_standard_pipeline(trained, faces):
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained(trained, local_files_only=True)
+    assert type(pipe) is StableDiffusionPipeline
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a smiling woman", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (64, 64)
+    about = json.loads((trained / "aimfair.json").read_text())
+    assert about["num_inference_steps"] == 2 and about["images"] == 24
+    assert (trained / "training" / "000008.png").is_file() and not list(trained.glob(".*"))
+
+
+def test_training_again_finds_everything_done(trained, faces):
+    before = (trained / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    start = time.perf_counter()
+    t2i.train_t2i(*faces, out=trained, config=t2i.T2IConfig(**TINY), progress=False)
+    assert (trained / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert time.perf_counter() - start < 60
+
+
+def test_a_folder_of_another_run_is_refused(trained, faces):
+    with pytest.raises(ValueError, match="another model or data"):
+        t2i.train_t2i(*faces, out=trained, config=t2i.T2IConfig(**TINY | {"lr": 1e-3}), progress=False)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda im, c: (im[:, :, :32, :32], c), "takes"), (lambda im, c: (im, c[:-1]), "lists of"),
+    (lambda im, c: (im, [["a"]] + c[1:]), "equally long")])
+def test_unfit_images_and_captions_are_told(faces, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        t2i.train_t2i(*change(*faces), out=tmp_path, config=t2i.T2IConfig(**TINY), progress=False)
+
+
+def test_steps_are_functions_of_their_number(faces):
+    "The state after 8 steps is the same whether or not they were interrupted."
+    images, captions = faces
+
+    def run(out, stop=None):
+        real = t2i._denoising_loss
+
+        def cut(*args):
+            loss_of = real(*args)
+
+            def loss(step):
+                if step == stop:
+                    raise KeyboardInterrupt
+                return loss_of(step)
+            return loss
+        t2i._denoising_loss = cut
+        try:
+            t2i.train_t2i(images, captions, out=out, config=t2i.T2IConfig(**TINY), progress=False)
+        finally:
+            t2i._denoising_loss = real
+
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        whole, parts = Path(folder) / "whole", Path(folder) / "parts"
+        run(whole)
+        with pytest.raises(KeyboardInterrupt):
+            run(parts, stop=5)
+        assert not (parts / "model_index.json").exists()
+        run(parts)
+        for name in ("unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"):
+            assert (whole / f"{name}.safetensors").read_bytes() == (parts / f"{name}.safetensors").read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(tmp_path):
+    script = (f"from aimfair import t2i; t2i.train_t2i(*t2i.drawn_faces(24, seed=7, per_face=2), out={str(tmp_path / 'x')!r}, "
+              f"config=t2i.T2IConfig(**{TINY | {'steps': 40}!r}), progress=False)")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for wait in (6, 9):
+        process = subprocess.Popen([sys.executable, "-c", script], env=environment)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=300)
+    assert (tmp_path / "x" / "model_index.json").is_file()
+    assert len((tmp_path / "x/training/log.jsonl").read_text().splitlines()) >= 5
+
+
+# ---------------------------------------------------------------- faces of one's own
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(6):
+        Image.new("RGB", (20, 30), (40 * i, 90, 10)).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+def test_captions_beside_the_images(folder):
+    for i in range(5):
+        (folder / f"{i}.txt").write_text(f"face {i}\n")
+    images, captions = t2i.captioned_faces(folder, size=16, cache=folder / "cache")
+    assert images.shape == (5, 3, 16, 16) and captions == [[f"face {i}"] for i in range(5)]
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "captions.csv"])
+def test_captions_in_a_table(folder, name):
+    rows = pd.DataFrame({"file_name": ["0.png", "1.png", "1.png"], "text": ["a", "b", "c"]})
+    rows.to_json(folder / name, orient="records", lines=True) if name.endswith("l") else rows.to_csv(folder / name, index=False)
+    images, captions = t2i.captioned_faces(folder, size=16, cache=folder / "cache")
+    assert captions == [["a", "a"], ["b", "c"]], "images have equally many captions"
+
+
+def test_folders_without_captions_are_told(folder, tmp_path):
+    with pytest.raises(DataError, match="no captions found"):
+        t2i.captioned_faces(folder)
+    pd.DataFrame({"a": [1]}).to_csv(folder / "captions.csv")
+    with pytest.raises(DataError, match="expected one of file_name"):
+        t2i.captioned_faces(folder)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        t2i.captioned_faces(tmp_path / "none")
+
+
+def test_celebas_layout_becomes_captions(tmp_path):
+    toyfaces.write_celeba(tmp_path, n_train=6, n_val=2, n_test=2, seed=0)
+    images, captions = t2i.captioned_faces(tmp_path, per_face=3, exclude=["000001.jpg"], cache=tmp_path / "cache")
+    assert len(images) == len(captions) == 9 and {len(c) for c in captions} == {3}
+    facts = toyfaces.annotations(toyfaces.sample_factors(10, seed=0, start=1))
+    assert [bool(re.search(WORDS["male"], c[0])) for c in captions] == facts.Male[1:].astype(bool).tolist()
+
+
+def test_the_command_tells_mistakes_in_a_line(tmp_path, capsys):
+    from aimfair.cli import main
+    assert main(["t2i", "train", "--out", str(tmp_path / "x"), "--set", "stepz=3"]) == 2
+    assert "did you mean steps" in capsys.readouterr().err
+    assert main(["t2i", "train", "--out", str(tmp_path / "x"), "--data", str(tmp_path / "none")]) == 2
+    assert "no folder" in capsys.readouterr().err
+
+
+def test_the_command_trains(tmp_path, capsys):
+    from aimfair.cli import main
+    sets = [f"--set={k}={json.dumps(v)}" for k, v in TINY.items()]
+    assert main(["t2i", "train", "--out", str(tmp_path / "x"), "--n", "16", *sets]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "x")
+    assert main(["t2i", "sheet", "--generator", str(tmp_path / "x"), "--prompt", "a man", "--out", str(tmp_path / "s.png")]) == 0
+    assert Image.open(tmp_path / "s.png").size == (64, 64)
+    shutil.rmtree(tmp_path / "x" / "training")
+    assert main(["t2i", "sheet", "--generator", str(tmp_path / "x"), "--out", str(tmp_path / "s.png")]) == 0
