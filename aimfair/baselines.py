@@ -380,7 +380,7 @@ class MAPLESettings(Settings):
 
 def _outer_gradient(model, train, val, temperature, device):
     "Derivative of the smooth worst-group loss by each training sample's score, up to a positive factor."
-    losses = sample_losses(torch.from_numpy(predict_logits(model, val, device=device)), torch.from_numpy(val.target)).numpy()
+    losses = sample_losses(torch.from_numpy(predict_logits(model, val, device=device)), torch.tensor(val.target)).numpy()
     cells = pd.Series(losses).groupby([val.target, val.protected]).mean()
     weights = np.exp((cells - cells.max()) / temperature)
     of_group = group_gradients(model, val, batch_size=256, device=device)

@@ -16,8 +16,8 @@ import typer
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'prompts_app', 't2i_app', 'parse_bias', 'parse_settings', 'data_split', 'reproduce', 'status',
-           'debias', 'prompts_list', 'prompts_show', 'prompts_write', 'parse_filter', 'synthesize', 't2i_train',
-           't2i_sheet', 'explain', 'main']
+           'doctor', 'debias', 'prompts_list', 'prompts_show', 'prompts_write', 'parse_filter', 'synthesize',
+           't2i_train', 't2i_sheet', 'explain', 'main']
 
 # %% ../nbs/13_cli.ipynb #4ce8b38e
 _PLAIN = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False,
@@ -211,6 +211,25 @@ def status(
     frame = experiments.status(*([store] if store else []))
     numbered = list(frame.index) == list(range(len(frame)))
     typer.echo(frame.to_string(index=not numbered) if len(frame) else "the store is empty")
+
+# %% ../nbs/13_cli.ipynb #d567ac80
+@app.command()
+def doctor(
+    profile: Annotated[str, _option("NAME", "a profile that ships, or a TOML file")] = "paper",
+    settings: Annotated[list[str] | None, _option("KEY=VALUE", "replace a setting; may be repeated", "--set")] = None,
+    store: Annotated[Path | None, _option("FOLDER", "folder of the artifact store; by default runs", file_okay=False)] = None,
+):
+    """Tell what a profile needs and what is missing.
+
+    Looks for data, generator, prompts, weights, packages, a device and room on the disk, and estimates the time.
+    """
+    values = parse_settings(settings or [])
+    from aimfair import experiments
+
+    found = experiments.diagnose(profile, store or "runs", settings=values)
+    typer.echo(found)
+    if not found.ok:
+        raise typer.Exit(1)
 
 # %% ../nbs/13_cli.ipynb #702dd2fd
 _INPUT = {"exists": True}

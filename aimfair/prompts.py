@@ -1426,7 +1426,7 @@ def _bar(total, wanted) -> Iterator[Callable]:
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, unit="prompt", desc="prompts") as bar:
+    with tqdm(total=total, unit=" prompts", desc="prompts") as bar:
         done = Counter()
 
         def shown(part):

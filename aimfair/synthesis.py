@@ -1070,7 +1070,7 @@ def _fill(folder: _Journal, asked: _Set, batches: _Batches, resize, filters, max
     budget = _budgets(asked, records, max_attempts)
     _remember_kept(folder, asked, records, filters)
     try:
-        with tqdm(total=len(queue), disable=not progress, desc="images", unit="image") as bar:
+        with tqdm(total=len(queue), disable=not progress, desc="images", unit=" images") as bar:
             while part := _take(queue, budget, batches.size, short):
                 jobs, images = batches([asked.job(g, i, a) for a, i, g in part])
                 done = _settle(jobs, images, resize, filters)

@@ -208,7 +208,7 @@ def _train(models, loss_of, *, steps, lr, warmup, ema, checkpoint, identity, eve
             model.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
         average.weights, start = state["average"], state["step"]
-    with tqdm(total=steps, initial=start, desc=name, unit="step", disable=not progress) as bar:
+    with tqdm(total=steps, initial=start, desc=name, unit=" steps", disable=not progress) as bar:
         for step in range(start, steps):
             for group in optimizer.param_groups:
                 group["lr"] = _lr_at(step, steps, lr, warmup)

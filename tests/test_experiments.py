@@ -288,8 +288,8 @@ def test_reproduce_writes_everything_and_the_workers_do_not_change_a_number(tmp_
 def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
     process = _reproduce(tmp_path)
     deadline = time.time() + 120
-    while not list(tmp_path.glob("runs/train/*.partial")) and time.time() < deadline:
-        time.sleep(0.2)
+    while not list(tmp_path.glob("runs/synthesis/*.partial/0_0/*.png")) and time.time() < deadline:
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
