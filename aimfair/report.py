@@ -5,11 +5,18 @@
 # %% ../nbs/12_report.ipynb #276fc816
 from __future__ import annotations
 
+import base64
+import csv
 import html
+import json
 import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,12 +25,14 @@ from .metrics import fairness_report
 
 # %% auto #0
 __all__ = ['HIGHER_IS_BETTER', 'METRICS', 'per_seed', 'summarize', 'compare', 'sentence', 'Cell', 'write_csv', 'table_note',
-           'ResultTable', 'DifferenceTable', 'method_styles', 'write_figure', 'plot_strategies', 'plot_groups']
+           'ResultTable', 'DifferenceTable', 'method_styles', 'write_figure', 'plot_strategies', 'plot_tradeoff',
+           'plot_curve', 'plot_groups', 'Section', 'package_versions', 'hardware', 'write_html_report']
 
 # %% ../nbs/12_report.ipynb #7cbd4ea1
 HIGHER_IS_BETTER = {"ACC": True, "WST": True, "EO": False, "STD": False}
 METRICS = tuple(HIGHER_IS_BETTER)
 _COLUMNS = ("method", "seed", "id", "target", "protected")
+_AGGREGATIONS = {"mean": "mean ± sample deviation over ", "published": "WST is the worst of the group accuracies averaged over "}
 
 # %% ../nbs/12_report.ipynb #72888156
 def _check_columns(predictions):
@@ -78,8 +87,8 @@ def summarize(
     *, aggregation: str = "mean",  # "mean": of the per-seed values; "published": WST is the minimum of seed-averaged group accuracies
 ) -> pd.DataFrame:  # indexed by method in the order given: "seeds" (count), and each column's mean and, as "NAME_sd", deviation
     "Mean and sample standard deviation over seeds; NaN deviation for a single seed, and for the published aggregation."
-    if aggregation not in ("mean", "published"):
-        raise ValueError(f"unknown aggregation {aggregation!r}; choose mean or published")
+    if aggregation not in _AGGREGATIONS:
+        raise ValueError(f"unknown aggregation {aggregation!r}; choose {' or '.join(_AGGREGATIONS)}")
     runs = per_seed.groupby(level="method", sort=False)
     mean, spread = runs.mean(), runs.std(ddof=1)
     if aggregation == "published":
@@ -250,13 +259,14 @@ def write_csv(
 def table_note(
     *, profile: str | None = None,  # name of the profile
     seeds=(),  # seeds that were run
+    aggregation: str = "mean",  # how `summarize` joined them
     data: str | None = None,  # what the models were tested on
     generator: str | None = None,  # what made the synthetic images, or stands in for the generator
     extra: str | None = None,  # anything else a reader must know
 ) -> str:  # one line
     "The line under a table that says on what its numbers rest; what is not given is left out."
     seeds = [str(s) for s in seeds]
-    over = "mean ± sample deviation over " if len(seeds) > 1 else ""
+    over = _AGGREGATIONS[aggregation] if len(seeds) > 1 else ""
     parts = [f"Profile {profile}" if profile else "", f"{over}{'seeds' if over else 'seed'} {', '.join(seeds)}" if seeds else "",
              f"data: {data}" if data else "", f"synthetic images: {generator}" if generator else "", extra or ""]
     text = "; ".join(p for p in parts if p).rstrip(".")
@@ -382,8 +392,12 @@ def _figure_class():
 
     class ReportFigure(Figure):
         def _repr_png_(self):
-            return _figure_bytes(self, "png", dpi=80)
+            return _figure_bytes(self, "png", dpi=_resolution(self) * 8 / 15)
     return ReportFigure
+
+def _resolution(figure):
+    "Dots per inch of a figure's picture: 150, and 300 for one as narrow as a column of print."
+    return 300 if figure.get_figwidth() < 4 else 150
 
 def _figure_bytes(figure, kind, dpi=150):
     "The figure as a file's bytes, without dates or version names, so that the same figure gives the same bytes."
@@ -397,10 +411,11 @@ def _figure_bytes(figure, kind, dpi=150):
 
 def write_figure(
     figure,  # matplotlib figure
-    stem: str | Path,  # files are stem.png (150 dpi) and stem.pdf
+    stem: str | Path,  # files are stem.png (150 dpi; 300 where it is narrower than 4 inches) and stem.pdf
 ) -> list[Path]:  # the two files
     "Write the figure as PNG and PDF, each whole or not at all; the same figure gives the same bytes."
-    return [_write_aside(f"{stem}.{kind}", _figure_bytes(figure, kind)) for kind in ("png", "pdf")]
+    dpi = _resolution(figure)
+    return [_write_aside(f"{stem}.{kind}", _figure_bytes(figure, kind, dpi)) for kind in ("png", "pdf")]
 
 # %% ../nbs/12_report.ipynb #6bd93fbb
 def _overlap(
@@ -446,17 +461,17 @@ def _pixel_box(artist, renderer, scale):
     box = artist.get_window_extent(renderer)
     return np.array([box.x0, box.y0, box.x1, box.y1]) * scale
 
-def _obstacles(ax, means, spreads, seeds, scale):
+def _obstacles(ax, means, spreads, seeds, scale, radius):
     "Boxes around the drawn means, seed points and error bars, in typographic points."
     pixels = ax.transData.transform
-    boxes = [np.hstack([p - r, p + r]) for values, r in ((means, 5.5), (seeds, 2.0)) for p in pixels(values) * scale]
+    boxes = [np.hstack([p - r, p + r]) for values, r in ((means, radius), (seeds, 2.0)) for p in pixels(values) * scale]
     ends = [(m - s * axis, m + s * axis) for m, s in zip(means, spreads, strict=True) for axis in np.eye(2) if np.isfinite(s @ axis)]
     for low, high in ends:
         a, b = pixels([low, high]) * scale
         boxes.append(np.hstack([np.minimum(a, b) - 1, np.maximum(a, b) + 1]))
     return np.array(boxes)
 
-def _label_points(ax, names, colours, means, spreads, seeds):
+def _label_points(ax, names, colours, means, spreads, seeds, fontsize=8.5, radius=5.5):
     "Write each name beside its mean; a thin line leads to those that had to move away."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -464,11 +479,11 @@ def _label_points(ax, names, colours, means, spreads, seeds):
         return
     figure = ax.figure
     renderer, scale = FigureCanvasAgg(figure).get_renderer(), 72 / figure.dpi
-    texts = [ax.annotate(n, m, (0, 0), textcoords="offset points", fontsize=8.5, color=c, ha="center", va="center")
+    texts = [ax.annotate(n, m, (0, 0), textcoords="offset points", fontsize=fontsize, color=c, ha="center", va="center")
              for n, c, m in zip(names, colours, means, strict=True)]
     boxes = np.array([_pixel_box(t, renderer, scale) for t in texts])
     sizes, points = boxes[:, 2:] - boxes[:, :2] + 1, ax.transData.transform(means) * scale
-    placed = _place_labels(points, sizes, _obstacles(ax, means, spreads, seeds, scale), _pixel_box(ax.patch, renderer, scale))
+    placed = _place_labels(points, sizes, _obstacles(ax, means, spreads, seeds, scale, radius), _pixel_box(ax.patch, renderer, scale))
     for text, point, box in zip(texts, points, placed, strict=True):
         text.set_position((box[:2] + box[2:]) / 2 - point)
         _leader(ax, text, point, box, scale)
@@ -488,19 +503,21 @@ def _leader(ax, text, point, box, scale):
 _AXIS = {"ACC": "Accuracy (ACC, %)", "WST": "Worst-group accuracy (WST, %)", "EO": "Equalized odds (EO, %, lower is better)",
          "STD": "Deviation between groups (STD, %, lower is better)"}
 
-def _draw_tradeoff(ax, scores, fairness, styles):
+def _draw_tradeoff(ax, scores, styles, x_metric, y_metric="ACC", size=72):
     "Runs, means and deviations of one panel; returns what the labels must keep clear of."
-    runs = scores.groupby(level="method", sort=False)[[fairness, "ACC"]]
+    runs = scores.groupby(level="method", sort=False)[[x_metric, y_metric]]
     mean, spread = runs.mean().dropna(), runs.std(ddof=1)
     for method, (x, y) in mean.iterrows():
         style, (dx, dy) = styles[method], spread.loc[method]
         each = scores.loc[method]
         if len(each) > 1:
-            ax.scatter(each[fairness], each["ACC"], s=14, alpha=0.45, linewidths=0, zorder=2, **style)
+            ax.scatter(each[x_metric], each[y_metric], s=14, alpha=0.45, linewidths=0, zorder=2, **style)
             ax.errorbar(x, y, dy, dx, color=style["color"], linewidth=1.1, capsize=2, zorder=2.5)
-        ax.scatter(x, y, s=190 if style["marker"] == "*" else 72, edgecolors="white", linewidths=0.8, zorder=3, **style)
-    if not HIGHER_IS_BETTER[fairness]:
+        ax.scatter(x, y, s=size * 190 / 72 if style["marker"] == "*" else size, edgecolors="white", linewidths=0.8, zorder=3, **style)
+    if not HIGHER_IS_BETTER[x_metric]:
         ax.invert_xaxis()
+    if not HIGHER_IS_BETTER[y_metric]:
+        ax.invert_yaxis()
     return mean, spread.loc[mean.index]
 
 def _text_colour(colour):
@@ -520,7 +537,7 @@ def plot_strategies(
     with _house_style():
         figure = _figure_class()(figsize=(4.1 * len(fairness), 3.7), layout="constrained")
         panels = figure.subplots(1, len(fairness), sharey=True, squeeze=False)[0]
-        drawn = [_finish_panel(ax, f, _draw_tradeoff(ax, per_seed, f, styles)) for ax, f in zip(panels, fairness, strict=True)]
+        drawn = [_finish_panel(ax, f, _draw_tradeoff(ax, per_seed, styles, f)) for ax, f in zip(panels, fairness, strict=True)]
         panels[0].set_ylabel(_AXIS["ACC"])
         if drawn[0][1].notna().any(axis=None):
             panels[0].set_title("small: one seed; large: mean ± sample deviation", loc="left", fontsize=7.5, color="#666666")
@@ -538,6 +555,109 @@ def _finish_panel(ax, fairness, drawn):
     ax.set_xlabel(_AXIS[fairness])
     ax.set_title("better ↗", loc="right", fontsize=8.5, color="#666666")
     return drawn
+
+# %% ../nbs/12_report.ipynb #c61c9d62
+_COLUMN = 85 / 25.4  # width of a column of print, in inches
+_SHORT_AXIS = {"ACC": "Accuracy (%)", "WST": "Worst-group accuracy (%)", "EO": "Equalized odds (%), lower is better",
+               "STD": "Deviation between groups (%), lower is better"}
+
+def _known_metrics(names, frame):
+    for name in names:
+        if name not in METRICS or name not in frame:
+            raise ValueError(f"no metric {name!r} to draw; choose from {', '.join(m for m in METRICS if m in frame)}")
+
+def plot_tradeoff(
+    per_seed: pd.DataFrame,  # scores in percent, indexed (method, seed)
+    *, x: str = "EO",  # metric along the horizontal axis: ACC, WST, EO or STD
+    y: str = "ACC",  # metric along the vertical axis
+    title: str = "",  # over the figure
+):  # matplotlib Figure, 85 mm wide
+    "Accuracy against fairness of all methods: runs, mean and sample deviation; axes are turned so that the upper right is better."
+    _known_metrics((x, y), per_seed)
+    styles = method_styles(list(dict.fromkeys(per_seed.index.get_level_values("method"))))
+    with _house_style():
+        figure = _figure_class()(figsize=(_COLUMN, 0.95 * _COLUMN), layout="constrained")
+        ax = figure.subplots()
+        mean, spread = _draw_tradeoff(ax, per_seed, styles, x, y, size=46)
+        _finish_column(ax, _SHORT_AXIS[x], _SHORT_AXIS[y], title)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        colours = [_text_colour(styles[m]["color"]) for m in mean.index]
+        _label_points(ax, list(map(str, mean.index)), colours, mean.to_numpy(), spread.to_numpy(),
+                      per_seed[[x, y]].dropna().to_numpy(), fontsize=7.5, radius=4.5)
+    return figure
+
+def _finish_column(ax, xlabel, ylabel, title):
+    "Axis names, and the mark of the better corner."
+    ax.margins(0.2, 0.16)
+    ax.set_xlabel(xlabel, fontsize=8)
+    ax.set_ylabel(ylabel, fontsize=8)
+    ax.tick_params(labelsize=7.5)
+    ax.set_title(title, loc="left", fontsize=8)
+    ax.set_title("better ↗", loc="right", fontsize=7.5, color="#555555")
+
+# %% ../nbs/12_report.ipynb #4f0d459a
+_CURVE_STYLE = {"ACC": ("blue", "o"), "WST": ("red", "s"), "EO": ("green", "^"), "STD": ("purple", "D")}
+
+def _curve(frame, x, metrics):
+    "Mean and sample deviation over seeds at each value of the setting, in the order to draw."
+    flat = frame.reset_index()
+    if x not in flat:
+        raise ValueError(f"no column or index level {x!r} in this frame; choose from {', '.join(map(str, flat.columns))}")
+    _known_metrics(metrics, flat)
+    if "seed" in flat and (twice := flat.duplicated([x, "seed"])).any():
+        value, seed = flat.loc[twice, [x, "seed"]].iloc[0]
+        raise ValueError(f"{x} {value}, seed {seed} is there more than once; a curve is of one method")
+    runs = flat.groupby(x, sort=pd.api.types.is_numeric_dtype(flat[x]), observed=True)[list(metrics)]
+    return runs.mean(), runs.std(ddof=1)
+
+def _draw_curve(ax, mean, spread, metric, places):
+    "The mean line of one metric with its band."
+    colour, marker = _CURVE_STYLE[metric]
+    colour, y, sd = _OKABE_ITO[colour], mean.to_numpy(), spread.fillna(0).to_numpy()
+    ax.fill_between(places, y - sd, y + sd, color=colour, alpha=0.18, linewidth=0)
+    ax.plot(places, y, color=colour, marker=marker, markersize=5, linewidth=1.6, markeredgecolor="white", markeredgewidth=0.6)
+    ax.set_title(f"{_WORDS[metric][:1].upper()}{_WORDS[metric][1:]} ({metric}, %) {'↑' if HIGHER_IS_BETTER[metric] else '↓'}", loc="left",
+                 fontsize=8.5)
+
+def _mark_curve(ax, baseline, name, place):
+    "The baseline's level and the setting in use."
+    if baseline is not None and np.isfinite(baseline):
+        ax.axhline(baseline, color="#555555", linewidth=1, linestyle=(0, (5, 3)), zorder=1)
+        ax.annotate(name, (1, baseline), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="bottom",
+                    fontsize=7.5, color="#555555")
+    if place is not None:
+        ax.axvline(place, color="#555555", linewidth=1, linestyle=":", zorder=1)
+
+# %% ../nbs/12_report.ipynb #835c1e87
+def plot_curve(
+    frame: pd.DataFrame,  # a row per value and seed of one method: the setting (column or index level) and the metrics, in percent
+    x: str,  # the setting; text is drawn evenly spaced in the frame's order, numbers to scale
+    metrics: tuple = ("ACC", "WST", "EO"),  # a panel for each
+    *, xlabel: str = "",  # name of the setting on the axis; default its column's
+    baseline: dict | None = None,  # {metric: level} drawn as a dashed line, e.g. the biased classifier's means
+    baseline_name: str = "ERM",  # beside that line
+    mark=None,  # value of the setting to mark with a dotted line, e.g. the one in use
+    title: str = "",  # over the figure
+):  # matplotlib Figure
+    "Metrics against a setting: mean over seeds with a band of one sample deviation; one seed has no band."
+    mean, spread = _curve(frame, x, metrics)
+    numeric = pd.api.types.is_numeric_dtype(mean.index)
+    places = mean.index.to_numpy(dtype=float) if numeric else np.arange(len(mean), dtype=float)
+    if mark is not None and mark not in mean.index:
+        raise ValueError(f"no {x} {mark!r} to mark; choose from {', '.join(map(str, mean.index))}")
+    place = None if mark is None else places[mean.index.get_loc(mark)]
+    with _house_style():
+        figure = _figure_class()(figsize=(_COLUMN if len(metrics) == 1 else 2.25 * len(metrics), 2.3), layout="constrained")
+        for ax, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+            _draw_curve(ax, mean[metric], spread[metric], metric, places)
+            _mark_curve(ax, (baseline or {}).get(metric), baseline_name, place)
+            ax.margins(0.06, 0.12)
+            if not numeric:
+                ax.set_xticks(places, list(map(str, mean.index)))
+        figure.supxlabel(xlabel or x, fontsize=8.5)
+        figure.suptitle(title, fontsize=10) if title else None
+    return figure
 
 # %% ../nbs/12_report.ipynb #d35256c5
 def _default_group_name(column):
@@ -576,3 +696,369 @@ def plot_groups(
         figure.legend(loc="outside lower center", ncols=min(4, mean.shape[1]), frameon=False, handletextpad=0.2, columnspacing=1.4)
         figure.suptitle(title, fontsize=10.5) if title else None
     return figure
+
+# %% ../nbs/12_report.ipynb #189f320f
+_CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
+_QUOTED_PATH = re.compile(r"""(['"])(?:/[\w.]|[A-Za-z]:\\)[^'"\n]*\1""")
+_PATH = re.compile(r"""file://[^\s'"<>]+|(?<![\w.:/<…~)\]}])(?:/[\w.+@~-]+)+/?|(?<!\w)[A-Za-z]:\\[^\s'"<>|,;]+""")
+
+def _shorten(match):
+    "The last part of an absolute path; of a home folder, whose name is a person's, not even that."
+    quote = match[0][0] if match[0][0] in "'\"" else ""
+    parts = [part for part in re.split(r"[/\\]", match[0].strip("'\"")) if part and not part.endswith(":")]
+    home = parts == ["root"] or (len(parts) == 2 and parts[0] in ("home", "Users"))
+    return f"{quote}{'~' if home else '…/' + parts[-1]}{quote}"
+
+def _without_paths(text):
+    "The text with absolute paths cut down to their last part, and without terminal colours."
+    return _PATH.sub(_shorten, _QUOTED_PATH.sub(_shorten, _CONTROL.sub("", str(text))))
+
+def _text(value):
+    "Any value as the text of an HTML page."
+    return html.escape(_without_paths(value))
+
+# %% ../nbs/12_report.ipynb #83320997
+_SPANS = (("**", "**", "b"), ("<u>", "</u>", "u"), ("`", "`", "code"))
+_HIDE, _SHOWN = 0xE000, range(0xE000, 0xE080)  # escaped characters wait in Unicode's private area until the marks are read
+
+def _plain(piece):
+    return _text("".join(chr(ord(c) - _HIDE) if ord(c) in _SHOWN else c for c in html.unescape(piece)))
+
+def _span(piece):
+    for start, end, tag in _SPANS:
+        if len(piece) > len(start + end) and piece.startswith(start) and piece.endswith(end):
+            return f"<{tag}>{_plain(piece[len(start):-len(end)])}</{tag}>"
+    return _plain(piece)
+
+def _inline(markdown):
+    "One line of our Markdown as HTML: escapes, bold, underline and code; all else is text."
+    hidden = re.sub(r"\\([!-/:-@[-`{-~])", lambda m: chr(_HIDE + ord(m[1])), str(markdown))
+    return "".join(map(_span, re.split(r"(\*\*.+?\*\*|<u>.+?</u>|`[^`]+`)", hidden)))
+
+# %% ../nbs/12_report.ipynb #9817dd88
+def _row(cells, left, head=False):
+    "One row of an HTML table; its first cell heads it."
+    tags = ["th"] * len(left) if head else ["th", *["td"] * (len(left) - 1)]
+    cells = [*cells, *[""] * len(left)][:len(left)]
+    scope = {"th": f' scope="{"col" if head else "row"}"', "td": ""}
+    return "<tr>" + "".join(f'<{t}{scope[t]}{"" if side else " class=n"}>{c}</{t}>'
+                            for t, c, side in zip(tags, cells, left, strict=True)) + "</tr>"
+
+def _table(header, rows, left, caption=""):
+    "An HTML table, of cells that are HTML already, in a frame that scrolls where the screen is narrow."
+    top = f"<caption>{caption}</caption>\n" if caption else ""
+    body = "\n".join(_row(cells, left) for cells in rows)
+    return (f'<div class="scroll" tabindex="0"><table>\n{top}<thead>{_row(header, left, head=True)}</thead>\n'
+            f"<tbody>\n{body}\n</tbody>\n</table></div>\n")
+
+def _split_row(line):
+    return [cell.strip() for cell in re.findall(r"((?:\\.|[^\\|])*)\|", line.strip()[1:])]
+
+def _markdown_page(text):
+    "A Markdown file of ours as HTML: a line of caption, a table, a line of note; anything else as it stands."
+    lines = text.splitlines()
+    inside = [i for i, line in enumerate(lines) if line.startswith("|")]
+    if len(inside) < 2:
+        return f"<pre>{_text(text)}</pre>\n"
+    header, rule, *rows = [[*map(_inline, _split_row(lines[i]))] for i in inside]
+    left = [not mark.endswith(":") for mark in rule]
+    caption = " ".join(_inline(line.strip("*")) for line in lines[:inside[0]] if line)
+    note = "".join(f'<p class="note">{_inline(line)}</p>\n' for line in lines[inside[-1] + 1:] if line)
+    return _table(header, rows, left, caption) + note
+
+# %% ../nbs/12_report.ipynb #668c2a2f
+_LONG = 12, 200  # rows from which a CSV is folded, and from which it is cut
+
+def _is_number(text):
+    try:
+        return float(text or "nan") is not None
+    except ValueError:
+        return False
+
+def _csv_page(text, name):
+    "A CSV file as an HTML table, folded where it is long."
+    header, *rows = list(csv.reader(text.splitlines())) or [[]]
+    if not header:
+        return ""
+    left = [not all(_is_number(row[i]) for row in rows if i < len(row)) for i in range(len(header))]
+    table = _table(map(_text, header), [map(_text, row) for row in rows[:_LONG[1]]], left)
+    if len(rows) <= _LONG[0]:
+        return table
+    cut = f", the first {_LONG[1]} shown" if len(rows) > _LONG[1] else ""
+    return f"<details><summary>{_text(name)}, {len(rows):,} rows{cut}</summary>\n{table}</details>\n"
+
+def _image(data, alt):
+    "A PNG as an embedded image, at a size that suits a screen."
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
+        return f"<p>The picture “{_text(alt)}” is damaged and left out.</p>\n"
+    width, height = (round(0.65 * int.from_bytes(data[i:i + 4], "big")) for i in (16, 20))
+    source = base64.b64encode(data).decode()
+    return f'<figure><img src="data:image/png;base64,{source}" alt="{_text(alt)}" width="{width}" height="{height}"></figure>\n'
+
+# %% ../nbs/12_report.ipynb #ed41c54f
+def _markdown_outputs(notebook):
+    "Sentences that a notebook computed: Markdown outputs that are nothing else besides."
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "text/markdown" in data and "text/html" not in data:
+                yield from filter(None, "".join(data["text/markdown"]).split("\n\n"))
+
+@dataclass(frozen=True)
+class Section:
+    "One experiment of the report; its files are NAME.* and NAME-*.*"
+    name: str  # the experiment's
+    title: str = ""  # heading; default made from the name
+    note: str = ""  # what it asks, one line of Markdown
+    findings: tuple[str, ...] = ()  # what came out, paragraphs of Markdown
+    error: str = ""  # why it failed; its files are then left out
+
+    @classmethod
+    def from_notebook(cls,
+                      path: str | Path,  # executed notebook; one that is not there gives a section of its name alone
+                      *, name: str = "",  # the experiment's; default the file's
+                      error: str = "",  # why it failed
+                      ) -> Section:
+        "Title, description and computed sentences of a notebook."
+        name, text = name or Path(path).stem, Path(path).read_text(encoding="utf-8") if Path(path).is_file() else '{"cells": []}'
+        notebook = json.loads(text)
+        prose = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown"]
+        lines = next((p.splitlines() for p in prose if p.startswith("# ")), [])
+        quote = " ".join(line[1:].strip() for line in lines[1:] if line.startswith(">"))
+        findings = () if error else tuple(_markdown_outputs(notebook))
+        return cls(name, lines[0][2:].strip() if lines else "", quote, findings, error)
+
+    @property
+    def heading(self) -> str:
+        "Title, or the name in words."
+        return self.title or self.name.replace("_", " ").capitalize()
+
+    @property
+    def anchor(self) -> str:
+        "Its place in the page."
+        return "experiment-" + re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+# %% ../nbs/12_report.ipynb #41136282
+def _files_of(name, folder):
+    "An experiment's files by stem, its own before its details: {stem: {suffix: path}}."
+    stems = {}
+    for path in sorted(Path(folder).iterdir() if Path(folder).is_dir() else (), key=lambda p: (p.stem != name, p.name)):
+        if path.is_file() and (path.stem == name or path.name.startswith(f"{name}-")):
+            stems.setdefault(path.stem, {})[path.suffix] = path
+    return stems
+
+def _stem_html(files, alt):
+    "The table and the picture of one stem."
+    parts = []
+    if ".md" in files:
+        parts += [_markdown_page(files[".md"].read_text(encoding="utf-8"))]
+    elif ".csv" in files:
+        parts += [_csv_page(files[".csv"].read_text(encoding="utf-8"), files[".csv"].name)]
+    return "".join([*parts, _image(files[".png"].read_bytes(), alt) if ".png" in files else ""])
+
+def _section_html(section, folder):
+    "One experiment: heading, note, error or findings, tables, figures, and the names of its files."
+    parts = [f'<section id="{section.anchor}">\n<h2>{_inline(section.heading)}</h2>\n']
+    parts += [f'<p class="lead">{_inline(section.note)}</p>\n'] if section.note else []
+    if section.error:
+        return "".join([*parts, f'<p class="error"><b>Failed.</b> {_text(section.error)}</p>\n</section>\n'])
+    stems = _files_of(section.name, folder)
+    for stem, files in stems.items():
+        detail = stem[len(section.name):].replace("-", " ").replace("_", " ").strip()
+        parts += [_stem_html(files, f"{section.heading}: {detail}" if detail else f"{section.heading}, figure")]
+    parts += [f"<p>{_inline(finding)}</p>\n" for finding in section.findings]
+    names = ", ".join(sorted(path.name for files in stems.values() for path in files.values()))
+    parts += [f'<p class="note">Files: {_text(names)}</p>\n' if names else "<p>It wrote no table and no figure.</p>\n"]
+    return "".join([*parts, "</section>\n"])
+
+# %% ../nbs/12_report.ipynb #37d7233d
+_PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "numpy", "pandas")
+
+def package_versions() -> dict[str, str]:  # {"Python": ..., package: ...}; packages that are not installed are left out
+    "Versions of Python and of the packages that numbers depend on."
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import aimfair
+
+    found = {"Python": platform.python_version(), "aimfair": aimfair.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+def _cpu_model():
+    import platform
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or platform.machine()
+
+def hardware() -> dict[str, str]:  # {"System", "Processor", "Cores", "Memory", "GPU"}
+    "The machine in words: what decides how long things take, and nothing that says whose it is."
+    import platform
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    names = getattr(os, "sysconf_names", {})
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 if "SC_PHYS_PAGES" in names else None
+    return {"System": f"{platform.system()} {platform.machine()}", "Processor": _cpu_model(), "Cores": str(cores),
+            **({"Memory": f"{memory:.0f} GiB"} if memory else {}), "GPU": _gpus()}
+
+def _gpus():
+    import torch
+
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return ", ".join(names) or "none"
+
+# %% ../nbs/12_report.ipynb #95821e3f
+_ABOUT = {"profile": "Profile", "seeds": "Seeds", "data": "Data", "generator": "Synthetic images", "extra": "Note",
+          "made": "Artifacts made", "reused": "Artifacts reused", "seconds": "Duration", "store": "Artifact store",
+          "out": "Tables and figures"}
+
+def _duration(seconds):
+    "Seconds in words, as coarse as they are long."
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+def _value(value):
+    "A setting's value as a reader would write it."
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_value, value)) or "–"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+def _facts(pairs, caption=""):
+    "A table of names and values."
+    top = f"<caption>{_text(caption)}</caption>\n" if caption else ""
+    rows = "\n".join(f'<tr><th scope="row">{_text(name)}</th><td>{_text(value)}</td></tr>' for name, value in pairs)
+    return f'<table class="facts">\n{top}<tbody>\n{rows}\n</tbody>\n</table>\n'
+
+def _about_facts(about):
+    "What a run rests on, in the order given and with names for readers."
+    shown = {k: v for k, v in about.items() if v is not None and v != ""}
+    return [(_ABOUT.get(k, k.replace("_", " ").capitalize()), _duration(v) if k == "seconds" else _value(v)) for k, v in shown.items()]
+
+def _configuration(settings, changed):
+    "Settings as one small table a group; those that were changed say so."
+    groups = {}
+    for name, value in settings.items():
+        group, _, last = name.rpartition(".")
+        groups.setdefault(group, []).append((last, _value(value) + (" (changed)" if name in changed else "")))
+    return '<div class="groups">\n' + "".join(_facts(rows, group or "general") for group, rows in groups.items()) + "</div>\n"
+
+# %% ../nbs/12_report.ipynb #e53b4c6c
+_CSS = """
+:root { color-scheme: light dark; --text: #1c1f23; --soft: #5c636b; --line: #d9dde2; --page: #ffffff; --raised: #f5f6f8; --link: #0b5cad;
+  --bad: #a4260b; --badpage: #fdf0ec; }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e6e9; --soft: #a3abb4; --line: #3a4048; --page: #16181b; --raised: #202327;
+  --link: #7db7f0; --bad: #ff9d85; --badpage: #33201b; } }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 56rem; background: var(--page); color: var(--text);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .6rem; }
+h2 { font-size: 1.35rem; line-height: 1.3; margin: 2.8rem 0 .5rem; padding-top: .9rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.05rem; margin: 1.6rem 0 .4rem; }
+p { margin: .6rem 0; max-width: 46rem; }
+a { color: var(--link); }
+code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .88em; }
+pre { overflow-x: auto; padding: .7rem; background: var(--raised); }
+.lead, .note, .made { color: var(--soft); }
+.note { font-size: .84rem; line-height: 1.45; }
+nav ul { columns: 2 18rem; padding-left: 1.1rem; margin: .3rem 0; }
+.error { padding: .7rem .9rem; border-left: 4px solid var(--bad); background: var(--badpage); }
+.error b, nav .failed { color: var(--bad); }
+.scroll { overflow-x: auto; margin: 1.1rem 0 .5rem; }
+table { border-collapse: collapse; font-size: .92rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding: 0 0 .35rem; }
+th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--line); }
+th.n, td.n { text-align: right; padding: .32rem 0 .32rem .8rem; white-space: nowrap; }
+thead th { border-bottom: 1.5px solid var(--soft); white-space: nowrap; }
+tbody th { font-weight: 400; }
+.facts { width: 100%; margin: .5rem 0 1.2rem; }
+.facts th { color: var(--soft); width: 11rem; }
+.facts td { overflow-wrap: anywhere; }
+.groups { columns: 2 22rem; column-gap: 2.5rem; }
+.groups table { break-inside: avoid; }
+figure { margin: 1.2rem 0; }
+img { display: block; max-width: 100%; height: auto; padding: .5rem; background: #ffffff; border: 1px solid var(--line);
+  border-radius: 6px; }
+summary { cursor: pointer; margin: .6rem 0; }
+@media (max-width: 30rem) { body { padding: 1.1rem .9rem 3rem; } h1 { font-size: 1.5rem; } .facts th { width: 8rem; }
+  table { font-size: .84rem; } }
+@media print { :root { color-scheme: light; --text: #000; --soft: #444; --line: #bbb; --page: #fff; --raised: #f4f4f4; --link: #000;
+    --bad: #000; --badpage: #fff; }
+  body { max-width: none; padding: 0; font-size: 10.5pt; } table { font-size: 8.5pt; } .scroll { overflow: visible; }
+  h2, h3, caption { break-after: avoid; } figure, tr { break-inside: avoid; }
+  img { border: 0; padding: 0; max-height: 20cm; width: auto; } }
+"""
+
+# %% ../nbs/12_report.ipynb #97f2aedd
+_INTRODUCTION = (
+    "Tables and figures of one reproduction of AIM-Fair (Zhao, Liu, Cao, Gong, Patras, CVPR 2025, arXiv 2503.05665): fairer classifiers "
+    "of facial attributes by selective fine-tuning on synthetic images. In percent: ACC accuracy, WST accuracy of the worst group, "
+    "EO equalized odds, STD deviation between groups; the best in bold, the second best underlined. Labels are a data set's annotations, "
+    "not who a person is.")
+
+def _contents(sections, differences, settings):
+    "Links to all parts of the page; failed experiments say so."
+    entry = '<li><a href="#{}">{}</a>{}</li>\n'
+    failed = ' <span class="failed">failed</span>'
+    items = [entry.format(s.anchor, _inline(s.heading), failed if s.error else "") for s in sections]
+    items += [entry.format("differences", "What differs from the paper", "")] if differences else []
+    items += [entry.format("run", "How this was made", "")]
+    items += [entry.format("configuration", "Configuration", "")] if settings else []
+    return f'<nav aria-label="Contents">\n<ul>\n{"".join(items)}</ul>\n</nav>\n'
+
+def _failures(sections):
+    "The failed experiments by name, with their errors."
+    failed = [s for s in sections if s.error]
+    if not failed:
+        return ""
+    items = "".join(f'<li><a href="#{s.anchor}">{_inline(s.heading)}</a>: {_text(s.error)}</li>\n' for s in failed)
+    return f'<div class="error"><b>{len(failed)} of {len(sections)} experiments failed</b>\n<ul>\n{items}</ul>\n</div>\n'
+
+def _page(title, parts):
+    "The whole page; its policy forbids whatever is not in it."
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = (f'<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<title>{_text(title)}</title>\n<style>{_CSS}</style>\n')
+    body = f'<main>\n<h1>{_text(title)}</h1>\n{"".join(parts)}</main>\n'
+    return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}</head>\n<body>\n{body}</body>\n</html>\n'
+
+# %% ../nbs/12_report.ipynb #596a084a
+def write_html_report(
+    path: str | Path,  # file to write, "report.html"
+    *, experiments: Iterable[Section],  # the experiments in the order to show them, failed ones with their error
+    configuration: Mapping[str, Any],  # {dotted setting: value}, see `aimfair.experiments.settings_of`
+    about: Mapping[str, Any],  # on what the run rests: profile, seeds, data, generator, made, reused, seconds, store, out, or others
+    folder: str | Path | None = None,  # where the experiments' tables and figures are; default the report's folder
+    differences: Iterable[str] = (),  # what differs from the paper, one line of Markdown each
+    changed: Iterable[str] = (),  # settings that were changed from the profile's, by dotted name
+    versions: Mapping[str, str] | None = None,  # default `package_versions`
+    machine: Mapping[str, str] | None = None,  # default `hardware`
+    date: datetime | None = None,  # when it was made; default now
+    title: str = "AIM-Fair, reproduced",
+    introduction: str = _INTRODUCTION,  # one paragraph of Markdown under the title
+) -> Path:  # the file
+    "Tables, figures, settings, versions and hardware in one file that needs no other; equal runs differ in date and duration alone."
+    sections, differences, folder = list(experiments), list(differences), Path(folder or Path(path).parent)
+    date = date or datetime.now(timezone.utc)
+    made = f'<p class="made">{_text(date.strftime("%Y-%m-%d %H:%M %Z").strip())}; profile {_text(about.get("profile", "unknown"))}</p>\n'
+    listed = "".join(f"<li>{_inline(line)}</li>\n" for line in differences)
+    facts = [*_about_facts(about), *(hardware() if machine is None else machine).items()]
+    packages = (package_versions() if versions is None else versions).items()
+    parts = [f"<p>{_inline(introduction)}</p>\n{made}", _failures(sections), _contents(sections, differences, configuration),
+             *(_section_html(section, folder) for section in sections),
+             f'<section id="differences">\n<h2>What differs from the paper</h2>\n<ul>\n{listed}</ul>\n</section>\n' if listed else "",
+             f'<section id="run">\n<h2>How this was made</h2>\n{_facts(facts)}<h3>Versions</h3>\n{_facts(packages)}</section>\n',
+             f'<section id="configuration">\n<h2>Configuration</h2>\n{_configuration(configuration, set(changed))}</section>\n'
+             if configuration else ""]
+    return _write_aside(path, _page(title, parts).encode())

@@ -1,10 +1,15 @@
 """Scores against oracles, tables that parse, figures whose bytes and labels can be relied on."""
+import base64
 import csv
+import io
+import json
 import os
 import re
 import subprocess
 import sys
 import textwrap
+from datetime import datetime, timezone
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +23,21 @@ from aimfair import report
 from aimfair.report import (
     DifferenceTable,
     ResultTable,
+    Section,
     compare,
+    hardware,
+    package_versions,
     per_seed,
+    plot_curve,
     plot_groups,
     plot_strategies,
+    plot_tradeoff,
     sentence,
     summarize,
     table_note,
     write_csv,
     write_figure,
+    write_html_report,
 )
 
 ROOT = Path(aimfair.__file__).parents[1]
@@ -129,6 +140,23 @@ def test_published_aggregation(scores):
         assert np.isclose(published.loc[method, "WST"], min(scores.loc[method, c].mean() for c in cells))
     others = [c for c in summary if c not in ("WST",) and not c.endswith("_sd")]
     assert published[others].equals(summary[others])
+
+
+def test_published_aggregation_from_the_predictions_alone(predictions):
+    method, worst = "Linear probing", []
+    rows = predictions[predictions.method == method]
+    seeds = sorted(set(rows.seed))
+    for t in (0, 1):
+        for p in (0, 1):
+            of_seed = []
+            for seed in seeds:
+                keep = (rows.seed == seed).to_numpy() & (rows.target == t).to_numpy() & (rows.protected == p).to_numpy()
+                of_seed.append(np.mean((rows.logit.to_numpy()[keep] > 0) == t))
+            worst.append(np.mean(of_seed))
+    published = summarize(per_seed(predictions), aggregation="published")
+    assert np.isclose(published.loc[method, "WST"], 100 * min(worst)) and np.isnan(published.loc[method, "WST_sd"])
+    text = ResultTable(published, note=table_note(seeds=seeds, aggregation="published"))._repr_markdown_()
+    assert "±" not in text and "worst of the group accuracies averaged over seeds 100, 200, 300" in text
 
 
 def test_one_seed_has_no_spread():
@@ -321,3 +349,219 @@ def test_picture_size(scores, tmp_path):
     with Image.open(png) as image:
         assert image.size == (1230, 555)
     assert (png.name, pdf.name) == ("f.png", "f.pdf")
+
+
+@pytest.mark.parametrize("x, y", [("EO", "ACC"), ("WST", "ACC"), ("STD", "EO")])
+def test_tradeoff_labels_and_axes(x, y):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    names = ["ERM", "CVaR DRO", "EIIL", "LfF", "JTT", "MAPLE", "DiGA", "AIM-Fair"]
+    scores = per_seed(simulate(names))
+    figure = plot_tradeoff(scores, x=x, y=y)
+    ax, renderer = figure.axes[0], FigureCanvasAgg(figure).get_renderer()
+    boxes = [t.get_window_extent(renderer) for t in labels_of(ax)]
+    assert sorted(t.get_text() for t in labels_of(ax)) == sorted(names)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1:])
+    assert all(figure.bbox.x0 <= b.x0 and b.x1 <= figure.bbox.x1 for b in boxes)
+    assert (ax.get_xlim()[0] > ax.get_xlim()[1]) == (x in ("EO", "STD")) and (ax.get_ylim()[0] > ax.get_ylim()[1]) == (y in ("EO", "STD"))
+    drawn = {tuple(np.round(c.get_offsets()[0], 6)) for c in ax.collections if hasattr(c, "get_offsets") and len(c.get_offsets()) == 1}
+    assert {tuple(np.round(scores.loc[n, [x, y]].to_numpy().mean(axis=0), 6)) for n in names} <= drawn
+
+
+def curve_frame(seeds=(1, 2, 3)):
+    rng = np.random.default_rng(3)
+    return pd.DataFrame([{"k": k, "seed": s, "ACC": 90 + rng.normal(), "WST": 70 + rng.normal(), "EO": 9 + rng.normal()}
+                         for k in (50, 10, 30) for s in seeds])
+
+
+def test_curve_is_mean_and_sample_deviation():
+    frame = curve_frame()
+    for given in (frame, frame.set_index(["k", "seed"]), frame.sample(frac=1, random_state=0)):
+        figure = plot_curve(given, "k", baseline={"ACC": 88.0}, mark=30)
+        for ax, metric in zip(figure.axes, ("ACC", "WST", "EO"), strict=True):
+            values = {k: frame.loc[frame.k == k, metric].to_numpy() for k in (10, 30, 50)}
+            line = ax.lines[0].get_xydata()
+            assert np.allclose(line, [(k, v.mean()) for k, v in values.items()])
+            band = ax.collections[0].get_paths()[0].vertices
+            for k, v in values.items():
+                edge = band[np.isclose(band[:, 0], k), 1]
+                sd = np.sqrt(((v - v.mean()) ** 2).sum() / (len(v) - 1))
+                assert np.isclose(edge.min(), v.mean() - sd) and np.isclose(edge.max(), v.mean() + sd)
+    assert len(figure.axes[0].lines) == 3 and len(figure.axes[1].lines) == 2
+
+
+def test_curve_with_one_seed_and_with_text_values(tmp_path):
+    one = plot_curve(curve_frame(seeds=(1,)), "k", ("EO",))
+    band = one.axes[0].collections[0].get_paths()[0].vertices
+    assert np.isclose(np.ptp(band[np.isclose(band[:, 0], 30), 1]), 0)
+    text = curve_frame().assign(k=lambda f: f.k.astype(str))
+    assert [t.get_text() for t in plot_curve(text, "k").axes[0].get_xticklabels()] == ["50", "10", "30"]
+    assert [p.suffix for p in write_figure(one, tmp_path / "c")] == [".png", ".pdf"]
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda f: plot_curve(f, "ratio"), "ratio"),
+    (lambda f: plot_curve(f, "k", ("F1",)), "choose from ACC, WST, EO"),
+    (lambda f: plot_curve(f, "k", mark=55), "55"),
+    (lambda f: plot_curve(pd.concat([f, f]), "k"), "more than once"),
+])
+def test_curves_that_would_mislead_are_errors(call, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        call(curve_frame())
+
+
+# ---------------------------------------------------------------- the page
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    "Elements, words and pictures of a page; an unbalanced tag is an error."
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.words, self.rows, self.images, self.links, self.ids = [], [], [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append(tag)
+        self.open += [tag] * (tag not in VOID)
+        self.rows += [[]] * (tag == "tr")
+        self.rows[-1:] = [[*self.rows[-1], ""]] if tag in ("td", "th") else self.rows[-1:]
+        self.images += [attrs] * (tag == "img")
+        self.links += [attrs[name] for name in ("href",) if name in attrs]
+        self.ids += [attrs[name] for name in ("id",) if name in attrs]
+        assert not any(name.startswith("on") or name == "style" for name in attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words += [data.strip()] * bool(data.strip())
+            if {"td", "th"} & set(self.open):
+                self.rows[-1][-1] += data
+
+
+EVIL = "<script>alert('&')</script>"
+FIXED = {"versions": {"Python": "3", "torch": "2"}, "machine": {"Processor": "a processor", "Cores": "2"},
+         "date": datetime(2020, 1, 2, 3, 4, tzinfo=timezone.utc)}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A folder with the files of two experiments, one of which failed, and the page about them."
+    folder = tmp_path_factory.mktemp("out")
+    summary = summarize(per_seed(simulate(NASTY)))
+    ResultTable(summary, caption=f"A {EVIL} | caption", note="Data in /srv/faces_of/somebody_x.").write(folder / "alpha")
+    write_figure(plot_curve(curve_frame(), "k", ("EO",)), folder / "alpha")
+    (folder / "alpha-raw.csv").write_text("name,value\n" + "".join(f'"{EVIL}",{i}\n' for i in range(400)))
+    (folder / "alpha-broken.png").write_bytes(b"no picture")
+    (folder / "alphabet.md").write_text("not of alpha")
+    (folder / "beta.md").write_text("stale numbers of an earlier run")
+    (folder / "notes.md").write_text("of nothing")
+    sections = [Section("alpha", f"Alpha {EVIL}", "What is **asked**?", ("ERM is `worse` by 3 points.",)),
+                Section("beta", error=f"FileNotFoundError: no folder '/home/somebody/my faces' {EVIL}\x1b[0m"), Section("gamma")]
+    arguments = {"experiments": sections, "folder": folder, "changed": ["train.lr"], "differences": ["**Smaller** than /data/paper", EVIL],
+                 "configuration": {"name": "toy", "data.root": f"{folder}/faces", "data.x": EVIL, "train.lr": 0.5, "train.steps": (3, 4)},
+                 "about": {"profile": "toy", "seeds": [100, 200], "made": 3, "reused": 0, "seconds": 3725.2, "store": str(folder),
+                           "extra": None}}
+    path = write_html_report(folder / "report.html", **arguments, **FIXED)
+    return folder, arguments, path.read_text(encoding="utf-8")
+
+
+def test_page_is_balanced_and_self_contained(made):
+    _, _, text = made
+    page = Page(text)
+    assert page.tags.count("h1") == 1 and not {"script", "link", "iframe", "object", "form"} & set(page.tags)
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links) and len(set(page.ids)) == len(page.ids)
+    assert "url(" not in text and "@import" not in text and "src=\"http" not in text
+
+
+def test_page_shows_pictures_as_they_are(made):
+    from PIL import Image
+
+    folder, _, text = made
+    page = Page(text)
+    assert len(page.images) == 1 and "damaged" in text
+    head, _, data = page.images[0]["src"].partition(",")
+    assert head == "data:image/png;base64" and base64.b64decode(data, validate=True) == (folder / "alpha.png").read_bytes()
+    Image.open(io.BytesIO(base64.b64decode(data))).verify()
+    assert page.images[0]["alt"].startswith("Alpha <script>")
+
+
+def test_page_shows_the_table_as_written(made):
+    folder, _, text = made
+    table = ResultTable(pd.read_csv(folder / "alpha.csv", index_col=0))
+    wanted = [[" ".join(name.split()), *(f"{c.value} {c.spread}".strip() for c in cells)] for name, cells in table.rows()]
+    shown = [[" ".join(cell.split()) for cell in row] for row in Page(text).rows]
+    for row in wanted:
+        assert row in shown
+    assert text.count("<b>") >= 4 and text.count("<u>") >= 4
+    assert f"<td class=n>{199}</td>" in text and f"<td class=n>{200}</td>" not in text and "400 rows, the first 200 shown" in text
+
+
+def test_page_escapes_and_hides_paths(made):
+    folder, _, text = made
+    assert "<script" not in text and "&lt;script&gt;" in text
+    for secret in (str(folder), str(folder.parent), "/srv", "/data/", "/home", "my faces/", "faces_of/"):
+        assert secret not in text
+    words = " ".join(Page(text).words)
+    assert "…/somebody_x." in words and "'…/my faces'" in words and "…/faces" in words and "than …/paper" in words
+
+
+def test_page_names_failures_and_leaves_out_what_they_left(made):
+    _, _, text = made
+    words = Page(text).words
+    assert "1 of 3 experiments failed" in words and "stale numbers" not in text and "not of alpha" not in text and "of nothing" not in text
+    assert "It wrote no table and no figure." in words
+
+
+def test_page_tells_what_it_rests_on(made):
+    _, _, text = made
+    rows = Page(text).rows
+    for row in (["Seeds", "100, 200"], ["Duration", "1 h 2 min"], ["Artifacts made", "3"], ["Artifacts reused", "0"],
+                ["lr", "0.5 (changed)"], ["steps", "3, 4"], ["torch", "2"], ["Cores", "2"]):
+        assert row in rows
+    assert "2020-01-02 03:04 UTC; profile toy" in Page(text).words and not any(row[0] == "Note" for row in rows)
+
+
+def test_page_is_the_same_bytes_again(made, tmp_path):
+    _, arguments, text = made
+    assert write_html_report(tmp_path / "new" / "r.html", **arguments, **FIXED).read_text(encoding="utf-8") == text
+    later = {**FIXED, "date": datetime(2021, 1, 2, 3, 4, tzinfo=timezone.utc)}
+    other = write_html_report(tmp_path / "later.html", **arguments, **later).read_text(encoding="utf-8")
+    assert other != text and other.replace("2021-01-02", "2020-01-02") == text
+
+
+def test_page_of_nothing(tmp_path):
+    path = write_html_report(tmp_path / "r.html", experiments=[], configuration={}, about={})
+    assert "aimfair" in " ".join(Page(path.read_text(encoding="utf-8")).words)
+
+
+def test_section_from_a_notebook(tmp_path):
+    def cell(kind, source, *data):
+        outputs = {"outputs": [{"output_type": "display_data", "data": d} for d in data], "execution_count": 1} if kind == "code" else {}
+        return {"cell_type": kind, "metadata": {}, "source": source, **outputs}
+    cells = [cell("markdown", "<span>An exception was encountered</span>"),
+             cell("markdown", ["# A title\n", "> What it asks,\n", "> in two lines."]),
+             cell("code", "x", {"text/markdown": "| a |", "text/html": "<table>"}),
+             cell("code", "y", {"text/markdown": ["One.\n\n", "Two."]})]
+    path = tmp_path / "some_name.ipynb"
+    path.write_text(json.dumps({"cells": cells, "nbformat": 4, "nbformat_minor": 5, "metadata": {}}))
+    assert Section.from_notebook(path) == Section("some_name", "A title", "What it asks, in two lines.", ("One.", "Two."))
+    assert Section.from_notebook(path, error="e") == Section("some_name", "A title", "What it asks, in two lines.", (), "e")
+    missing = Section.from_notebook(tmp_path / "never_ran.ipynb", error="e")
+    assert missing.heading == "Never ran" and missing.error == "e"
+
+
+def test_machine_and_versions_name_nobody():
+    import getpass
+    import platform
+
+    facts = {**hardware(), **package_versions()}
+    assert facts["Python"] == platform.python_version() and facts["numpy"] == np.__version__ and int(facts["Cores"]) >= 1
+    assert platform.node() not in facts.values() and getpass.getuser() not in facts.values()
