@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch.nn import functional as F
+
+from .data import normalize
 
 # %% auto #0
 __all__ = ['SHEET_PROMPTS', 'DRAWN_SEED', 'T2IConfig', 'contrast_loss', 'patch_components', 'create_autoencoder',
@@ -138,13 +141,11 @@ def _write_encoder(layers, mean, matrix):
 
 def _pixels(images, index):
     "uint8 rows as float32 in [-1, 1], channels last."
-    x = torch.from_numpy(np.array(images[index])).float().mul_(1 / 127.5).sub_(1)
-    return x.contiguous(memory_format=torch.channels_last)
+    return normalize(torch.from_numpy(np.array(images[index])))
 
 # %% ../nbs/04_t2i.ipynb #74c26042
 def _autocast(device):
     "bfloat16 where the processor computes in it, else float32."
-    from contextlib import nullcontext
     kind = torch.device(device).type
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(kind, dtype=torch.bfloat16) if fast and kind in ("cuda", "cpu") else nullcontext()
@@ -194,7 +195,7 @@ def _lr_at(step, steps, lr, warmup):
     return lr * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _train(models, loss_of, *, steps, lr, warmup, ema, checkpoint, identity, every, progress, name, on_step=None):
+def _train(models, loss_of, *, steps, lr, warmup, ema, checkpoint, identity, every, progress, name, sheet_every=0, show=None):
     "Minimise `loss_of(step)`; returns the averaged weights in the models. Goes on from the checkpoint if there is one of this run."
     from tqdm.auto import tqdm
     parameters = [p for m in models for p in m.parameters()]
@@ -226,9 +227,9 @@ def _train(models, loss_of, *, steps, lr, warmup, ema, checkpoint, identity, eve
             if (step + 1) % every == 0 or step + 1 == steps:
                 _save({"identity": identity, "step": step + 1, "models": [m.state_dict() for m in models], "average": average.weights,
                        "optimizer": optimizer.state_dict()}, checkpoint)
-            if on_step is not None:
+            if show is not None and ((step + 1) % sheet_every == 0 or step + 1 == steps):
                 average.swap()
-                on_step(step + 1, shown)
+                show(step + 1, shown)
                 average.swap()
     average.swap()
     return models
@@ -267,16 +268,12 @@ def _folder(path):
     return Path(path)
 
 
+@contextmanager
 def _seeded(seed):
-    "A context in which modules are initialised from `seed`; torch's global state is as before afterwards."
-    from contextlib import contextmanager
-
-    @contextmanager
-    def block():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            yield
-    return block()
+    "Modules are initialised from `seed` inside the block; torch's global state is as before afterwards."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def _device(device):
@@ -636,9 +633,7 @@ def train_t2i(
              "num_inference_steps": config.sampling_steps, "guidance_scale": config.guidance_scale}
     log, started = work / "log.jsonl", time.time()
 
-    def on_step(step, loss):
-        if step % config.sheet_every and step != config.steps:
-            return
+    def show(step, loss):
         with log.open("a") as f:
             f.write(json.dumps({"step": step, "loss": round(loss, 5), "seconds": round(time.time() - started)}) + "\n")
         denoiser.eval(), text_encoder.eval()
@@ -650,7 +645,8 @@ def train_t2i(
     batches = _Batches(latents, tokens, per_face, blank, config, seed)
     _train([denoiser, text_encoder], _denoising_loss(denoiser, text_encoder, batches, device),
            steps=config.steps, lr=config.lr, warmup=config.warmup, ema=config.ema, identity=identity, checkpoint=work / "denoiser.pt",
-           every=config.checkpoint_every, progress=progress, name="denoiser", on_step=on_step)
+           every=config.checkpoint_every, progress=progress, name="denoiser",
+           sheet_every=config.sheet_every, show=show)
     denoiser.eval(), text_encoder.eval()
     _publish(pipeline, Path(out), about)
     return pipeline
