@@ -106,6 +106,11 @@ def status(
     return pd.DataFrame(rows, columns=["stage", "hash", "state", "seconds", "MB", "what"])
 
 # %% ../nbs/11_experiments.ipynb #c304261a
+def _or_none(value):
+    "None is written as a word, or as nothing, in a file or on a command line."
+    return None if value in ("", "none", "None") else value
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -158,10 +163,7 @@ class SyntheticSettings(_Settings):
             return values | {"kind": "generated"}
         return values
 
-    @field_validator("steps", "guidance_scale", "negative_prompt", "scheduler", "render_size", mode="before")
-    @classmethod
-    def _none(cls, value):
-        return None if value in ("", "none", "None") else value
+    _none = field_validator("steps", "guidance_scale", "negative_prompt", "scheduler", "render_size", mode="before")(_or_none)
 
 
 class ModelSettings(_Settings):
@@ -169,10 +171,7 @@ class ModelSettings(_Settings):
     name: str = "resnet18"
     weights: str | None = None
 
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _none(cls, value):
-        return None if value in ("", "none", "None") else value
+    _none = field_validator("weights", mode="before")(_or_none)
 
 
 class MaskSettings(_Settings):
@@ -181,10 +180,7 @@ class MaskSettings(_Settings):
     batch_size: int = Field(128, ge=2, description="images in a mini-batch of the gradient passes")
     passes: int = Field(1, ge=1, description="augmented passes over each set; the paper takes one")
 
-    @field_validator("k", mode="before")
-    @classmethod
-    def _none(cls, value):
-        return None if value in ("", "none", "None") else value
+    _none = field_validator("k", mode="before")(_or_none)
 
 
 class RunSettings(_Settings):
@@ -1295,8 +1291,7 @@ def _workers(workers, threads):
     import torch
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; expected 1 or more")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return workers or (1 if torch.cuda.is_available() else max(1, cores // threads))
+    return workers or (1 if torch.cuda.is_available() else max(1, _cores() // threads))
 
 
 def run(
