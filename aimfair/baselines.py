@@ -492,7 +492,8 @@ def _resized(x, size):
 def _reconstruct(pipeline, x):
     "What the autoencoder makes of images in [0, 1]."
     vae = pipeline.vae
-    latents = vae.encode((2 * x - 1).to(vae.device, vae.dtype)).latent_dist.mode()
+    encoded = vae.encode((2 * x - 1).to(vae.device, vae.dtype))
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents  # a tiny autoencoder has no distribution
     return (vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
 
 

@@ -184,31 +184,57 @@ def reproduce(
     out: Annotated[Path | None, _option("FOLDER", "folder for tables, figures and executed notebooks", file_okay=False)] = None,
     store: Annotated[Path | None, _option("FOLDER", "folder of the artifact store", file_okay=False)] = None,
     settings: Annotated[list[str] | None, _option("KEY=VALUE", "replace a setting; may be repeated", "--set")] = None,
+    aggregation: Annotated[str, _option("NAME", "of seeds: mean, or published (as the published code joins them)")] = "mean",
     workers: Annotated[int | None, _option("N", "models trained at a time", min=1)] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="tell what would be made and reused, and how long it may take")] = False,
 ):
     """Regenerate the paper's tables and figures.
 
-    Nothing is computed twice: models, gradients and predictions are kept in the store, and a run that was interrupted continues.
+    Nothing is computed twice: models, gradients and predictions are kept in the store, and a run that was interrupted continues. An
+    experiment that fails does not stop the others; it is named at the end, and the exit code is 1.
     """
     values = parse_settings(settings or [])
+    _choose("aggregation", aggregation, ["mean", "published"])
     from aimfair import experiments
 
-    done = experiments.reproduce(profile, only=only or None, seeds=seeds, out=out, store=store, settings=values, workers=workers)
-    for file in done.files:
-        typer.echo(file)
+    which = {"only": only or None, "seeds": seeds, "settings": values}
+    if plan:
+        planned, left_out = experiments.make_plan(profile, **which, store=store or "runs")
+        typer.echo(planned)
+        _left_out(left_out)
+        return
+    done = experiments.reproduce(profile, **which, out=out, store=store, aggregation=aggregation, workers=workers)
+    typer.echo(f"{len(done.files)} files of {len(done.plan.cases)} experiments; report: {done.report}")
+    _left_out(done.left_out)
     if done.failed:
-        typer.echo(f"aimfair: failed: {', '.join(done.failed)}", err=True)
+        for name, reason in done.failed.items():
+            typer.echo(f"aimfair: failed: {name}: {_line(reason)}", err=True)
         raise typer.Exit(1)
+
+
+def _left_out(reasons):
+    for name, reason in reasons.items():
+        typer.echo(f"left out: {name}: {reason}")
 
 
 @app.command()
 def status(
     store: Annotated[Path | None, _option("FOLDER", "folder of the artifact store; by default runs", file_okay=False)] = None,
+    why: Annotated[bool, typer.Option("--why", help="tell what each artifact is for, and why something would be made again")] = False,
+    profile: Annotated[str, _option("NAME", "with --why: as for reproduce")] = "toy",
+    only: Annotated[list[str] | None, _option("NAME", "with --why: as for reproduce")] = None,
+    seeds: Annotated[int | None, _option("N", "with --why: as for reproduce", min=1)] = None,
+    settings: Annotated[list[str] | None, _option("KEY=VALUE", "with --why: as for reproduce", "--set")] = None,
 ):
     "Show what the artifact store holds."
+    values = parse_settings(settings or [])
     from aimfair import experiments
 
-    frame = experiments.status(*([store] if store else []))
+    place = [store] if store else []
+    if why:
+        frame = experiments.why(profile, only or None, seeds=seeds, settings=values, store=store or "runs")
+    else:
+        frame = experiments.status(*place)
     numbered = list(frame.index) == list(range(len(frame)))
     typer.echo(frame.to_string(index=not numbered) if len(frame) else "the store is empty")
 
@@ -244,6 +270,13 @@ def _channels(name, text):
     return red, green, blue
 
 
+def _k(text):
+    "A whole number, or auto."
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise typer.BadParameter(f"{text!r} is neither a whole number above 0 nor auto")
+    return text if text == "auto" else int(text)
+
+
 @app.command()
 def debias(
     model: Annotated[str | None, _option("NAME", "architecture (resnet18, timm/NAME), module:callable, or file  [required]")] = None,
@@ -253,7 +286,8 @@ def debias(
     val: Annotated[Path | None, _option("PATH", "validation images, likewise: folder or CSV  [required]", **_INPUT)] = None,
     test: Annotated[Path | None, _option("PATH", "test images with group labels, for a report: folder or CSV", **_INPUT)] = None,
     out: Annotated[Path | None, _option("FOLDER", "folder for fairer weights, mask and report  [required]", file_okay=False)] = None,
-    k: Annotated[int | None, _option("N", "tensors kept by each ranking; by default 55 of 62, in proportion", "--k", min=1)] = None,
+    k: Annotated[str | None, _option("N", "tensors kept by each ranking; by default 55 of 62, in proportion; auto: chosen without group "
+                                     "labels, from images put aside", "--k", parser=_k)] = None,
     bias: Annotated[str, _option("RATIO", "minority to majority in your images: 1/9, 1:9 or 0.111")] = "1/9",
     epochs: Annotated[int | None, _option("N", "epochs of fine-tuning", min=1)] = None,
     lr: Annotated[float | None, _option("X", "learning rate of fine-tuning", min=0)] = None,

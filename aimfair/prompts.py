@@ -24,12 +24,12 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # %% auto #0
-__all__ = ['STYLES', 'POSE', 'FACE_DETAILS', 'FACE_CLASHES', 'BANNED', 'SMILING', 'MALE', 'YOUNG', 'GENDER', 'WHITE', 'TASKS',
-           'BACKENDS', 'PromptError', 'words_of', 'find_phrase', 'cover', 'spot', 'AttributeClass', 'Attribute', 'Task',
-           'load_task', 'subject', 'with_article', 'compose', 'normalise', 'parse_answer', 'age_in', 'check_prompt',
-           'check_context', 'Repeats', 'grammar_context', 'grammar_prompts', 'Request', 'Backend', 'GrammarBackend',
-           'Guide', 'TransformersBackend', 'OpenAIBackend', 'get_backend', 'PromptSet', 'load_prompts', 'assemble',
-           'write_prompts', 'write_file', 'context_words', 'PromptReport', 'report']
+__all__ = ['STYLES', 'POSE', 'FACE_DETAILS', 'FACE_CLASHES', 'BANNED', 'SMILING', 'MALE', 'YOUNG', 'GENDER', 'WHITE', 'TONE',
+           'TASKS', 'BACKENDS', 'PromptError', 'words_of', 'find_phrase', 'cover', 'spot', 'AttributeClass',
+           'Attribute', 'Task', 'load_task', 'subject', 'with_article', 'compose', 'normalise', 'parse_answer',
+           'age_in', 'check_prompt', 'check_context', 'Repeats', 'grammar_context', 'grammar_prompts', 'Request',
+           'Backend', 'GrammarBackend', 'Guide', 'TransformersBackend', 'OpenAIBackend', 'get_backend', 'PromptSet',
+           'load_prompts', 'assemble', 'write_prompts', 'write_file', 'context_words', 'PromptReport', 'report']
 
 # %% ../nbs/03_prompts.ipynb #c278fa8a
 STYLES = ("plain", "contextual", "contextual-pose")
@@ -315,6 +315,14 @@ _TOY_DETAILS = {
     POSE: ("looking straight ahead", "looking left", "looking right", "looking up", "looking down", "looking up and left",
            "looking up and right", "looking down and left", "looking down and right"),
 }
+_TOY_MALE = MALE.model_copy(update={"classes": (MALE.classes[0].model_copy(update={"unfit": ("beard", "mustache", "bald head")}),
+                                                MALE.classes[1].model_copy(update={"unfit": ("red lipstick",)}))})
+_TOY_YOUNG = YOUNG.model_copy(update={"classes": (YOUNG.classes[0].model_copy(update={"unfit": ()}),
+                                                  YOUNG.classes[1].model_copy(update={"unfit": ("gray hair", "bald head")}))})
+TONE = Attribute(name="skin tone", classes=(
+    _class("darker", "fair skin, tan skin, brown skin, dark skin"), _class("lightest", "light skin")))
+_GENDER_CLASHES = (("female", "beard"), ("female", "mustache"), ("female", "bald head"), ("male", "red lipstick"), ("young", "gray hair"),
+                   ("young", "bald head"))
 _FACES = "Portrait photos of one person each, from the front, all different from each other."
 
 
@@ -322,6 +330,13 @@ def _celeba(target, protected, subject, varied, what):
     name = f"celeba-{target.name}-{protected.name}".lower()
     return Task(name=name, description=f"Classify {what} in photos of CelebA.", target=target, protected=protected, subject=subject,
                 varied=varied, instruction=_FACES)
+
+
+def _toy(name, target, protected, subject, varied, what, clashes=()):
+    details = {topic: phrases for topic, phrases in _TOY_DETAILS.items() if topic != "skin" or protected is not TONE}
+    return Task(name=name, description=f"Classify {what}.", target=target, protected=protected, subject=subject, varied=varied,
+                details=details, closed=True, max_words=30, instruction=_FACES,
+                clashes=(("bald head", "bangs"), ("hat", "bangs"), *clashes))
 
 
 TASKS = {task.name: task for task in (
@@ -333,12 +348,15 @@ TASKS = {task.name: task for task in (
     Task(name="utkface-gender-ethnicity", description="Classify gender in photos of UTKFace, fairly for White people and others.",
          target=GENDER,
          protected=WHITE, subject="{varied} {protected} {target}", ages=(1, 100), age_limits=_AGE_LIMITS, instruction=_FACES),
-    Task(name="toy-smiling-male", description="Classify whether a drawn face smiles, fairly for male and female faces.", target=SMILING,
-         protected=MALE.model_copy(update={"classes": (
-             MALE.classes[0].model_copy(update={"unfit": ("beard", "mustache", "bald head")}),
-             MALE.classes[1].model_copy(update={"unfit": ("red lipstick",)}))}),
-         subject="{target} {varied} {protected}", varied=("young", "older", "", ""), details=_TOY_DETAILS, closed=True, max_words=30,
-         clashes=(("bald head", "bangs"), ("hat", "bangs"), ("young", "gray hair"), ("young", "bald head")), instruction=_FACES))}
+    _toy("toy-smiling-male", SMILING, _TOY_MALE, "{target} {varied} {protected}", ("young", "older", "", ""),
+         "whether a drawn face smiles, fairly for male and female faces", (("young", "gray hair"), ("young", "bald head"))),
+    _toy("toy-smiling-young", SMILING, _TOY_YOUNG, "{target} {protected} {varied}", ("male", "female"),
+         "whether a drawn face smiles, fairly for young and older faces", _GENDER_CLASHES),
+    _toy("toy-young-male", _TOY_YOUNG, _TOY_MALE, "{varied} {target} {protected}", ("smiling", "non-smiling"),
+         "whether a drawn face is young, fairly for male and female faces"),
+    _toy("toy-gender-tone", GENDER.model_copy(update={"classes": _TOY_MALE.classes[::-1]}), TONE, "{varied} {target} with {protected}",
+         ("smiling young", "non-smiling older", "non-smiling young", "smiling older"),
+         "the gender cue of a drawn face, fairly for the lightest skin and darker ones", (("young", "gray hair"), ("young", "bald head"))))}
 
 # %% ../nbs/03_prompts.ipynb #02b46c3b
 _JOINED = set("with wearing in looking facing gazing having against under showing sporting turned seen".split())
@@ -374,7 +392,9 @@ def compose(
     who = with_article(subject(task, group, varied, turn))
     if style == "plain":
         return f"{context[:1].upper()}{context[1:]} of {who}"
-    return f"{task.opening} of {who} {'' if context.split()[0] in _JOINED else 'with '}{context}"
+    if context.split()[0] in _JOINED:
+        return f"{task.opening} of {who} {context}"
+    return f"{task.opening} of {who}{', ' if ' with ' in who else ' with '}{context}"
 
 # %% ../nbs/03_prompts.ipynb #f83a9997
 _ITEM = re.compile(r"^\s*(?:\(?\d{1,3}[.):]|[-*•–])\s+(.*)$")

@@ -24,15 +24,18 @@ import pandas as pd
 from .metrics import fairness_report
 
 # %% auto #0
-__all__ = ['HIGHER_IS_BETTER', 'METRICS', 'per_seed', 'summarize', 'compare', 'sentence', 'Cell', 'write_csv', 'table_note',
-           'ResultTable', 'DifferenceTable', 'method_styles', 'write_figure', 'plot_strategies', 'plot_tradeoff',
-           'plot_curve', 'plot_groups', 'Section', 'package_versions', 'hardware', 'write_html_report']
+__all__ = ['HIGHER_IS_BETTER', 'METRICS', 'per_seed', 'summarize', 'compare', 'sentence', 'best_sentence', 'span_sentence',
+           'Cell', 'write_csv', 'table_note', 'ResultTable', 'DifferenceTable', 'VariantTable', 'PlainTable',
+           'method_styles', 'write_figure', 'plot_strategies', 'plot_tradeoff', 'plot_variants', 'plot_rows',
+           'plot_curve', 'plot_lines', 'plot_groups', 'plot_layers', 'plot_samples', 'Section', 'package_versions',
+           'hardware', 'write_html_report']
 
 # %% ../nbs/12_report.ipynb #7cbd4ea1
 HIGHER_IS_BETTER = {"ACC": True, "WST": True, "EO": False, "STD": False}
 METRICS = tuple(HIGHER_IS_BETTER)
 _COLUMNS = ("method", "seed", "id", "target", "protected")
 _AGGREGATIONS = {"mean": "mean ± sample deviation over ", "published": "WST is the worst of the group accuracies averaged over "}
+_OTHERWISE = {"paired": "mean difference and 95 % bootstrap interval over ", "none": ""}
 
 # %% ../nbs/12_report.ipynb #72888156
 def _check_columns(predictions):
@@ -161,6 +164,37 @@ def _signed(value, digits=2):
     text = f"{value:+.{digits}f}"
     return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
 
+# %% ../nbs/12_report.ipynb #5de8751b
+def best_sentence(
+    summary: pd.DataFrame,  # what `summarize` returned
+    *, metrics: tuple = ("ACC", "WST", "EO"),  # which columns to speak of, in this order
+    digits: int = 2,  # decimals shown; means that print alike are named together
+) -> str:  # one sentence
+    "Which method has the best mean in each column, in words."
+    shown = summary[list(metrics)].round(digits)
+    parts = []
+    for m in metrics:
+        top = shown[m].max() if HIGHER_IS_BETTER[m] else shown[m].min()
+        names = " and ".join(map(str, shown.index[shown[m] == top]))
+        parts += [f"best {_WORDS[m]}: {names} ({top:.{digits}f})" if names else f"no {_WORDS[m]}"]
+    seeds = int(summary["seeds"].max())
+    return f"{'By the mean over' if seeds > 1 else 'With'} {seeds} seed{'s' * (seeds != 1)}, {'; '.join(parts)}."
+
+# %% ../nbs/12_report.ipynb #2d2f762b
+def span_sentence(
+    summary: pd.DataFrame,  # what `summarize` returned, a row for each value of one setting
+    *, what: str = "settings",  # what the rows are, in the plural
+    metrics: tuple = ("ACC", "WST", "EO"),  # which columns to speak of, in this order
+) -> str:  # one or two sentences
+    "How far the means of the rows lie apart, beside the deviation between seeds within a row."
+    def named(values):
+        parts = [f"{values[m]:.1f} in {_WORDS[m]}" for m in metrics]
+        return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
+    span = summary[list(metrics)].max() - summary[list(metrics)].min()
+    within = pd.Series({m: summary[f"{m}_sd"].mean() for m in metrics})
+    text = f"Between the {len(summary)} {what}, means differ by at most {named(span)} (points)."
+    return f"{text} Seeds of one of them deviate by {named(within)} on average." if within.notna().all() else text
+
 # %% ../nbs/12_report.ipynb #7ec5079c
 class Cell(NamedTuple):
     "One entry of a table."
@@ -183,11 +217,14 @@ def _html_cell(cell):
     value = {"best": f"<b>{value}</b>", "second": f"<u>{value}</u>"}.get(cell.rank, value)
     return value + (f" {html.escape(cell.spread)}" if cell.spread else "")
 
-def _html_table(header, rows, caption, note):
-    "The table as HTML; text columns left, numbers right."
+def _html_table(header, rows, caption, note, spans=(), text=()):
+    "The table as HTML; `spans` are headings over several columns, (name, columns), and `text` the places of columns of words."
+    left = [' style="text-align:left"' * (i in text) for i in range(1, len(header))]
     head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
+    over = "".join(f'<th colspan="{n}" style="text-align:center">{html.escape(name)}</th>' for name, n in spans)
+    head = f"<th></th>{over}</tr>\n<tr>{head}" if spans else head
     body = "\n".join(f'<tr><td style="text-align:left">{html.escape(name)}</td>'
-                     + "".join(f"<td>{_html_cell(c)}</td>" for c in cells) + "</tr>" for name, cells in rows)
+                     + "".join(f"<td{side}>{_html_cell(c)}</td>" for side, c in zip(left, cells, strict=True)) + "</tr>" for name, cells in rows)
     top = f"<caption>{html.escape(caption)}</caption>\n" if caption else ""
     below = f"\n<p><small>{html.escape(note)}</small></p>" if note else ""
     return f"<table>\n{top}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>{below}"
@@ -199,12 +236,20 @@ def _markdown_text(text):
     return str(text).translate(_MARKDOWN)
 
 def _markdown_cell(cell):
-    value = {"best": f"**{cell.value}**", "second": f"<u>{cell.value}</u>"}.get(cell.rank, cell.value)
+    value = _markdown_text(cell.value)
+    value = {"best": f"**{value}**", "second": f"<u>{value}</u>"}.get(cell.rank, value)
     return f"{value} {cell.spread}".rstrip()
 
-def _markdown_table(header, rows, caption, note):
-    "The table as GitHub Markdown."
-    lines = [f"| {' | '.join(map(_markdown_text, header))} |", f"|:--|{'--:|' * (len(header) - 1)}"]
+def _markdown_table(header, rows, caption, note, spans=(), text=()):
+    "The table as GitHub Markdown; one table after another where columns come in spans, since it has no headings over columns."
+    if spans:
+        ends = np.cumsum([1, *(n for _, n in spans)])
+        parts = [_markdown_table([header[0], *header[a:b]], [(m, c[a - 1:b - 1]) for m, c in rows if {x.value for x in c[a - 1:b - 1]} != {"–"}],
+                                 name, "")
+                 for (name, _), a, b in zip(spans, ends[:-1], ends[1:], strict=True)]
+        above, below = [f"**{_markdown_text(caption)}**\n"] if caption else [], [f"{_markdown_text(note)}\n"] if note else []
+        return "\n".join([*above, *parts, *below])
+    lines = [f"| {' | '.join(map(_markdown_text, header))} |", "|:--|" + "".join(":--|" if i in text else "--:|" for i in range(1, len(header)))]
     lines += [f"| {_markdown_text(name)} | {' | '.join(map(_markdown_cell, cells))} |" for name, cells in rows]
     above = [f"**{_markdown_text(caption)}**", ""] if caption else []
     below = ["", _markdown_text(note)] if note else []
@@ -225,15 +270,23 @@ def _latex_cell(cell):
     value = {"best": rf"\textbf{{{value}}}", "second": rf"\underline{{{value}}}"}.get(cell.rank, value)
     return value + (f" {_latex_text(cell.spread)}" if cell.spread else "")
 
-def _latex_table(header, rows, caption, note):
-    "The table as a LaTeX float with booktabs rules."
-    lines = [r"% needs \usepackage{booktabs}", r"\begin{table}[t]", r"\centering"]
+def _latex_spans(spans):
+    "The row of headings over several columns, and the rules beneath them."
+    ends = np.cumsum([1, *(n for _, n in spans)])
+    rules = " ".join(rf"\cmidrule(lr){{{a + 1}-{b}}}" for a, b in zip(ends[:-1], ends[1:], strict=True))
+    return ["".join(rf" & \multicolumn{{{n}}}{{c}}{{{_latex_text(name)}}}" for name, n in spans) + r" \\", rules]
+
+def _latex_table(header, rows, caption, note, spans=(), text=()):
+    "The table as a LaTeX float with booktabs rules; one with spans goes over both columns of the page and is fitted to them."
+    packages, float_, fit, fitted = ("booktabs,graphicx", "table*", [r"\resizebox{\textwidth}{!}{%"], "}") if spans else ("booktabs", "table", [], "")
+    lines = [rf"% needs \usepackage{{{packages}}}", rf"\begin{{{float_}}}[t]", r"\centering"]
     lines += [rf"\caption{{{_latex_text(caption)}}}"] if caption else []
-    lines += [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", " & ".join(map(_latex_text, header)) + r" \\", r"\midrule"]
+    lines += [*fit, rf"\begin{{tabular}}{{l{''.join('l' if i in text else 'r' for i in range(1, len(header)))}}}", r"\toprule", *(_latex_spans(spans) if spans else ())]
+    lines += [" & ".join(map(_latex_text, header)) + r" \\", r"\midrule"]
     lines += [" & ".join([_latex_text(name), *map(_latex_cell, cells)]) + r" \\" for name, cells in rows]
-    lines += [r"\bottomrule", r"\end{tabular}"]
+    lines += [r"\bottomrule", r"\end{tabular}" + fitted]
     lines += [rf"\par\smallskip{{\footnotesize {_latex_text(note)}\par}}"] if note else []
-    return "\n".join([*lines, r"\end{table}"]) + "\n"
+    return "\n".join([*lines, rf"\end{{{float_}}}"]) + "\n"
 
 # %% ../nbs/12_report.ipynb #7fbbb42d
 def _write_aside(path, data):
@@ -259,21 +312,50 @@ def write_csv(
 def table_note(
     *, profile: str | None = None,  # name of the profile
     seeds=(),  # seeds that were run
-    aggregation: str = "mean",  # how `summarize` joined them
+    aggregation: str = "mean",  # how `summarize` joined them, "paired" for differences, "none" where nothing is joined
     data: str | None = None,  # what the models were tested on
     generator: str | None = None,  # what made the synthetic images, or stands in for the generator
     extra: str | None = None,  # anything else a reader must know
 ) -> str:  # one line
     "The line under a table that says on what its numbers rest; what is not given is left out."
     seeds = [str(s) for s in seeds]
-    over = _AGGREGATIONS[aggregation] if len(seeds) > 1 else ""
+    over = {**_AGGREGATIONS, **_OTHERWISE}[aggregation] if len(seeds) > 1 else ""
     parts = [f"Profile {profile}" if profile else "", f"{over}{'seeds' if over else 'seed'} {', '.join(seeds)}" if seeds else "",
              f"data: {data}" if data else "", f"synthetic images: {generator}" if generator else "", extra or ""]
     text = "; ".join(p for p in parts if p).rstrip(".")
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 # %% ../nbs/12_report.ipynb #c0be93ad
-class ResultTable:
+class _Table:
+    "What tables share: from .header(), .rows(), .frame, .caption and .note they show themselves, and write themselves to files."
+    spans = ()  # headings over several columns: (name, columns)
+    text = ()  # places of columns of words, which stand left
+
+    def _render(self, renderer):
+        return renderer(self.header(), self.rows(), self.caption, self.note, self.spans, self.text)
+
+    def _repr_html_(self):
+        return self._render(_html_table)
+
+    def _repr_markdown_(self):
+        return self._render(_markdown_table)
+
+    def to_latex(self) -> str:  # a LaTeX table environment
+        "The table for a paper; needs booktabs."
+        return self._render(_latex_table)
+
+    def __repr__(self):
+        return self._repr_markdown_().rstrip("\n")
+
+    def write(self,
+              stem: str | Path,  # files are stem.csv, stem.md and stem.tex
+              ) -> list[Path]:  # the three files
+        "Write the numbers as CSV and the table as Markdown and LaTeX; the same table gives the same bytes."
+        files = write_csv(self.frame, f"{stem}.csv"), _write_aside(f"{stem}.md", self._repr_markdown_().encode())
+        return [*files, _write_aside(f"{stem}.tex", self.to_latex().encode())]
+
+# %% ../nbs/12_report.ipynb #ba81b867
+class ResultTable(_Table):
     "Methods by metrics, mean ± deviation over seeds, best bold and second best underlined; shows itself, and writes itself to files."
 
     def __init__(self,
@@ -308,29 +390,6 @@ class ResultTable:
         cells = zip(*map(self._column, self.columns), strict=True)
         return [(str(name), list(row)) for name, row in zip(self.frame.index, cells, strict=True)]
 
-    def _render(self, renderer):
-        return renderer(self.header(), self.rows(), self.caption, self.note)
-
-    def _repr_html_(self):
-        return self._render(_html_table)
-
-    def _repr_markdown_(self):
-        return self._render(_markdown_table)
-
-    def to_latex(self) -> str:  # a LaTeX table environment
-        "The table for a paper; needs booktabs."
-        return self._render(_latex_table)
-
-    def __repr__(self):
-        return self._repr_markdown_().rstrip("\n")
-
-    def write(self,
-              stem: str | Path,  # files are stem.csv, stem.md and stem.tex
-              ) -> list[Path]:  # the three files
-        "Write the numbers as CSV and the table as Markdown and LaTeX; the same table gives the same bytes."
-        files = write_csv(self.frame, f"{stem}.csv"), _write_aside(f"{stem}.md", self._repr_markdown_().encode())
-        return [*files, _write_aside(f"{stem}.tex", self.to_latex().encode())]
-
 # %% ../nbs/12_report.ipynb #abaf4885
 class DifferenceTable(ResultTable):
     "Paired differences to a baseline with their bootstrap intervals; otherwise as `ResultTable`."
@@ -355,6 +414,63 @@ class DifferenceTable(ResultTable):
         "What the table shows, row by row."
         methods = dict.fromkeys(self.frame.index.get_level_values("method"))
         return [(str(m), [self._cell(self.frame.loc[(m, c)]) for c in self.columns]) for m in methods]
+
+# %% ../nbs/12_report.ipynb #be7ec25d
+class VariantTable(_Table):
+    "Methods by metrics in several settings, a block of columns for each; a method that one of them lacks has dashes there."
+
+    def __init__(self,
+                 frames: Mapping[str, pd.DataFrame],  # {setting: what `summarize` or `compare` returned}; .frame is all of them, one under another
+                 *, of: type = ResultTable,  # what a block is: `ResultTable` or `DifferenceTable`
+                 note: str = "", caption: str = "",  # as in `ResultTable`
+                 **options):  # others of `of`: columns, labels, digits, baseline
+        if not frames:
+            raise ValueError("there is no setting to make a table of")
+        self.tables = {str(name): of(frame, **options) for name, frame in frames.items()}
+        self.frame, self.note, self.caption = pd.concat(frames, names=["variant"]), note, caption
+        self.spans = tuple((name, len(table.columns)) for name, table in self.tables.items())
+
+    def header(self) -> list[str]:  # headings, the method's first
+        "Headings of all blocks."
+        headers = [table.header() for table in self.tables.values()]
+        return [headers[0][0], *(h for header in headers for h in header[1:])]
+
+    def rows(self) -> list[tuple[str, list[Cell]]]:  # (method, its cells in all blocks) for each row
+        "What the table shows, row by row."
+        blocks = [(dict(table.rows()), [Cell("–")] * len(table.columns)) for table in self.tables.values()]
+        methods = dict.fromkeys(name for block, _ in blocks for name in block)
+        return [(name, [cell for block, empty in blocks for cell in block.get(name, empty)]) for name in methods]
+
+# %% ../nbs/12_report.ipynb #bd331235
+class PlainTable(_Table):
+    "A frame as it is: counts whole, other numbers rounded, no marks; shows and writes itself as the others do."
+
+    def __init__(self,
+                 frame: pd.DataFrame,  # a row for each of its index; kept as .frame
+                 *, note: str = "", caption: str = "",  # as in `ResultTable`
+                 labels: dict | None = None,  # {column or index name: heading}
+                 digits: int = 2):  # decimals shown
+        self.frame, self.note, self.caption, self.labels, self.digits = frame, note, caption, labels or {}, digits
+        self.text = [i for i, c in enumerate(frame.columns, 1) if not pd.api.types.is_numeric_dtype(frame[c])]
+
+    def header(self) -> list[str]:  # headings, the index's first
+        "Headings."
+        names = [self.frame.index.name or "", *self.frame.columns]
+        return [str(self.labels.get(name, name)) for name in names]
+
+    def _cell(self, value):
+        if isinstance(value, (bool, np.bool_)):
+            return Cell("yes" if value else "no")
+        if isinstance(value, (int, np.integer)):
+            return Cell(f"{value:,}")
+        if isinstance(value, (float, np.floating)):
+            return Cell(f"{value:.{self.digits}f}".replace("-", "−") if np.isfinite(value) else "–")
+        return Cell("–" if value is None else str(value))
+
+    def rows(self) -> list[tuple[str, list[Cell]]]:  # (name, its cells) for each row
+        "What the table shows, row by row."
+        columns = [list(map(self._cell, self.frame[c])) for c in self.frame]
+        return [(str(name), list(row)) for name, row in zip(self.frame.index, zip(*columns, strict=True), strict=True)]
 
 # %% ../nbs/12_report.ipynb #78946310
 _OKABE_ITO = {"black": "#000000", "orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73", "blue": "#0072B2", "red": "#D55E00",
@@ -596,6 +712,94 @@ def _finish_column(ax, xlabel, ylabel, title):
     ax.set_title(title, loc="left", fontsize=8)
     ax.set_title("better ↗", loc="right", fontsize=7.5, color="#555555")
 
+# %% ../nbs/12_report.ipynb #1a6cbe03
+def _legend(figure, styles, columns=4):
+    "Marker and name of each method, below the panels."
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], linestyle="", markersize=10 if s["marker"] == "*" else 6.5, markeredgecolor="white", markeredgewidth=0.6,
+                      label=str(name), **s) for name, s in styles.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), frameon=False, handletextpad=0.2,
+                  columnspacing=1.4)
+
+def plot_variants(
+    per_seed: Mapping[str, pd.DataFrame],  # {setting: scores in percent, indexed (method, seed)}
+    *, x: str = "EO",  # metric along the horizontal axes: ACC, WST, EO or STD
+    y: str = "ACC",  # metric along the vertical axes
+    share: bool = False,  # whether all panels have the same scales
+    title: str = "",  # over the figure
+):  # matplotlib Figure
+    "Accuracy against fairness in several settings: runs, means and sample deviations; the upper right is better."
+    if not per_seed:
+        raise ValueError("there is no setting to draw")
+    styles = method_styles(list(dict.fromkeys(m for s in per_seed.values() for m in s.index.get_level_values("method"))))
+    columns = 2 if len(per_seed) == 4 else min(3, len(per_seed))
+    rows = -(-len(per_seed) // columns)
+    with _house_style():
+        figure = _figure_class()(figsize=(max(4, 2.5 * columns), 0.7 + 2.3 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share)
+        for ax in panels.flat[len(per_seed):]:
+            ax.set_visible(False)
+        for ax, (name, scores) in zip(panels.flat, per_seed.items(), strict=False):
+            _known_metrics((x, y), scores)
+            _draw_tradeoff(ax, scores, styles, x, y, size=44)
+            ax.margins(0.1)
+            ax.set_title(name, loc="left")
+            ax.set_xlabel(f"{x} (%), {'higher' if HIGHER_IS_BETTER[x] else 'lower'} is better")
+        _turn(panels.flat[:len(per_seed)], share, x, y)
+        panels[0, -1].set_title("better ↗", loc="right", fontsize=8, color="#555555")
+        figure.supylabel(_AXIS[y], fontsize=9)
+        _legend(figure, styles)
+        figure.suptitle(title, fontsize=10.5) if title else None
+    return figure
+
+def _turn(panels, share, x, y):
+    "Shared axes are turned by every panel that shares them; turn them once."
+    for ax in panels if share else ():
+        ax.xaxis.set_inverted(not HIGHER_IS_BETTER[x])
+        ax.yaxis.set_inverted(not HIGHER_IS_BETTER[y])
+
+# %% ../nbs/12_report.ipynb #952cb51b
+def plot_rows(
+    per_seed: pd.DataFrame,  # scores in percent, indexed (method, seed)
+    *, metrics: tuple = ("ACC", "WST", "EO"),  # a panel for each
+    baseline: str = "ERM",  # its mean is a dashed line in each panel; one that is not there gives none
+    title: str = "",  # over the figure
+):  # matplotlib Figure
+    "A row a method and a panel a metric: each run, mean and sample deviation. Axes are turned so that right is better."
+    _known_metrics(metrics, per_seed)
+    runs = per_seed.groupby(level="method", sort=False)[list(metrics)]
+    mean, spread = runs.mean(), runs.std(ddof=1)
+    styles, rows = method_styles(list(mean.index)), np.arange(len(mean))[::-1]
+    with _house_style():
+        figure = _figure_class()(figsize=(1.7 + 1.95 * len(metrics), 0.75 + 0.235 * len(mean)), layout="constrained")
+        panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+        for ax, metric in zip(panels, metrics, strict=True):
+            for row, method in zip(rows, mean.index, strict=True):
+                _draw_row(ax, row, per_seed.loc[method, metric], mean.loc[method, metric], spread.loc[method, metric], styles[method])
+            _finish_rows(ax, metric, mean[metric].get(baseline))
+        panels[0].set_yticks(rows, list(map(str, mean.index)))
+        panels[0].set_ylim(-0.7, len(mean) - 0.3)
+        figure.suptitle(title, fontsize=10.5) if title else None
+    return figure
+
+def _draw_row(ax, row, runs, mean, spread, style):
+    "One method in one panel; the method is named on the axis, so only ERM and AIM-Fair stand out."
+    special = style["marker"] in "o*"
+    colour, marker = (style["color"], style["marker"]) if special else (_OKABE_ITO["blue"], "o")
+    if len(runs) > 1:
+        ax.scatter(runs, np.full(len(runs), row), s=11, color=colour, alpha=0.4, linewidths=0, zorder=2)
+        ax.errorbar(mean, row, xerr=spread, color=colour, linewidth=1.1, zorder=2.5)
+    ax.scatter(mean, row, s=110 if marker == "*" else 34, color=colour, marker=marker, edgecolors="white", linewidths=0.6, zorder=3)
+
+def _finish_rows(ax, metric, baseline):
+    if baseline is not None and np.isfinite(baseline):
+        ax.axvline(baseline, color="#555555", linewidth=0.9, linestyle=(0, (5, 3)), zorder=1)
+    ax.margins(x=0.08)
+    ax.xaxis.set_inverted(not HIGHER_IS_BETTER[metric])
+    ax.set_title(f"{_WORDS[metric][:1].upper()}{_WORDS[metric][1:]}\n({metric}, %) {'↑' if HIGHER_IS_BETTER[metric] else '↓'}", loc="left", fontsize=8.5)
+    ax.tick_params(axis="y", length=0)
+
 # %% ../nbs/12_report.ipynb #4f0d459a
 _CURVE_STYLE = {"ACC": ("blue", "o"), "WST": ("red", "s"), "EO": ("green", "^"), "STD": ("purple", "D")}
 
@@ -659,6 +863,34 @@ def plot_curve(
         figure.suptitle(title, fontsize=10) if title else None
     return figure
 
+# %% ../nbs/12_report.ipynb #ccc2ef8a
+def plot_lines(
+    frame: pd.DataFrame,  # a row per method, value and seed: "method", the setting (columns or index levels) and the metrics, in percent
+    x: str,  # the setting; its values are drawn evenly spaced in the frame's order
+    metrics: tuple = ("ACC", "WST", "EO"),  # a panel for each
+    *, xlabel: str = "",  # name of the setting on the axis; default its column's
+    title: str = "",  # over the figure
+):  # matplotlib Figure
+    "Metrics against a setting, a line a method: means over seeds. A method that lacks a value has a gap."
+    flat = frame.reset_index()
+    _known_metrics(metrics, flat)
+    places, methods = list(dict.fromkeys(flat[x])), list(dict.fromkeys(flat["method"]))
+    mean, styles = flat.groupby(["method", x], sort=False, observed=True)[list(metrics)].mean(), method_styles(methods)
+    with _house_style():
+        figure = _figure_class()(figsize=(2.5 * len(metrics), 3.2), layout="constrained")
+        for ax, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+            for method in methods:
+                star = styles[method]["marker"] == "*"
+                ax.plot(range(len(places)), mean.loc[method, metric].reindex(places), markersize=10 if star else 6, linewidth=2.2 if star else 1.2,
+                        markeredgecolor="white", markeredgewidth=0.6, zorder=3 if star else 2, **styles[method])
+            ax.set_xticks(range(len(places)), list(map(str, places)))
+            ax.set_title(f"{_WORDS[metric][:1].upper()}{_WORDS[metric][1:]} {'↑' if HIGHER_IS_BETTER[metric] else '↓'}", loc="left", fontsize=8.5)
+            ax.set_xlabel(xlabel or x, fontsize=8.5)
+            ax.set_ylabel(f"{metric} (%)", fontsize=8.5)
+        _legend(figure, styles)
+        figure.suptitle(title, fontsize=10.5) if title else None
+    return figure
+
 # %% ../nbs/12_report.ipynb #d35256c5
 def _default_group_name(column):
     target, _, protected = column.partition("_")
@@ -695,6 +927,81 @@ def plot_groups(
         ax.tick_params(axis="y", length=0)
         figure.legend(loc="outside lower center", ncols=min(4, mean.shape[1]), frameon=False, handletextpad=0.2, columnspacing=1.4)
         figure.suptitle(title, fontsize=10.5) if title else None
+    return figure
+
+# %% ../nbs/12_report.ipynb #c347a7ec
+def plot_layers(
+    tables: Mapping[int, pd.DataFrame],  # {seed: table}, a row a tensor with domain_rank, bias_rank and selected; see `aimfair.sensitivity`
+    *, title: str = "",  # over the figure
+):  # matplotlib Figure
+    "Heat map of all tensors in the network's order: mean rank by domain and by bias from quiet to loud, and the share of seeds that update it."
+    first = next(iter(tables.values()))
+    n, last = len(first), max(len(first) - 1, 1)
+    rank = {r: np.mean([t[r] for t in tables.values()], axis=0) for r in ("domain_rank", "bias_rank")}
+    share = np.mean([t["selected"] for t in tables.values()], axis=0)
+    values = np.array([(rank["domain_rank"] - 1) / last, 1 - (rank["bias_rank"] - 1) / last, share])
+    with _house_style():
+        figure = _figure_class()(figsize=(7.2, 2.3), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        _heat(upper, values[:2], ("reacts to domain", "reacts to bias"), "cividis", ("quiet", "loud"))
+        _heat(lower, values[2:], ("updated",), "Greys", ("never", "always"))
+        _mark_stages(lower, first.index, (upper, lower))
+        count = [int(t["selected"].sum()) for t in tables.values()]
+        counted = str(min(count)) if min(count) == max(count) else f"{min(count)} to {max(count)}"
+        lower.set_xlabel(f"parameter tensors, from the image to the logit ({counted} of {n} updated; {len(tables)} seed{'s' * (len(tables) != 1)})")
+        figure.suptitle(title, fontsize=10.5) if title else None
+    return figure
+
+def _heat(ax, values, names, colours, ends):
+    "Rows of cells from 0 to 1 with a bar that says what the ends mean."
+    mesh = ax.pcolormesh(values, cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=0.4)
+    ax.invert_yaxis()
+    ax.set_yticks(np.arange(len(names)) + 0.5, names)
+    ax.tick_params(length=0)
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    bar = ax.figure.colorbar(mesh, ax=ax, ticks=[0, 1], pad=0.01, aspect=8)
+    bar.ax.set_yticklabels(ends, fontsize=7.5)
+    bar.ax.tick_params(length=0)
+    bar.outline.set_visible(False)
+
+def _mark_stages(ax, tensors, panels):
+    "Names of the network's stages under their tensors, and lines between them."
+    stages = [str(name).split(".")[0] for name in tensors]
+    starts = [i for i, s in enumerate(stages) if i == 0 or s != stages[i - 1]]
+    ends = [*starts[1:], len(stages)]
+    wide = [(a, b) for a, b in zip(starts, ends, strict=True) if b - a > len(stages) / 20]
+    ax.set_xticks([(a + b) / 2 for a, b in wide], [stages[a] for a, _ in wide])
+    for panel in panels:
+        for start in starts[1:]:
+            panel.axvline(start, color="black", linewidth=0.7)
+
+# %% ../nbs/12_report.ipynb #ed12c15f
+def plot_samples(
+    table: pd.DataFrame,  # face table: path, target, protected
+    *, per_group: int = 8,  # images in a row, the first of each group
+    names: dict | None = None,  # {"T_P": caption}; default by number
+    title: str = "",  # over the sheet
+):  # matplotlib Figure
+    "The first images of every group of a face table, a row a group."
+    from PIL import Image
+
+    rows = list(table.groupby(["target", "protected"]))
+    if not rows:
+        raise ValueError("there are no images to show: the table is empty")
+    with _house_style():
+        figure = _figure_class()(figsize=(1.1 + 0.74 * per_group, 0.78 * len(rows) + (0.3 if title else 0.05)), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+        panels = figure.subplots(len(rows), per_group, squeeze=False)
+        for line, ((t, p), part) in zip(panels, rows, strict=True):
+            for ax in line:
+                ax.set_axis_off()
+            for ax, path in zip(line, part["path"], strict=False):
+                with Image.open(path) as image:
+                    ax.imshow(np.asarray(image.convert("RGB")), interpolation="none")
+            caption = (names or {}).get(f"{t}_{p}", _default_group_name(f"{t}_{p}").replace(", ", ",\n"))
+            line[0].text(-0.08, 0.5, caption, transform=line[0].transAxes, ha="right", va="center", fontsize=8.5)
+        figure.suptitle(title, fontsize=10) if title else None
     return figure
 
 # %% ../nbs/12_report.ipynb #189f320f
@@ -755,16 +1062,17 @@ def _split_row(line):
     return [cell.strip() for cell in re.findall(r"((?:\\.|[^\\|])*)\|", line.strip()[1:])]
 
 def _markdown_page(text):
-    "A Markdown file of ours as HTML: a line of caption, a table, a line of note; anything else as it stands."
-    lines = text.splitlines()
-    inside = [i for i, line in enumerate(lines) if line.startswith("|")]
-    if len(inside) < 2:
-        return f"<pre>{_text(text)}</pre>\n"
-    header, rule, *rows = [[*map(_inline, _split_row(lines[i]))] for i in inside]
-    left = [not mark.endswith(":") for mark in rule]
-    caption = " ".join(_inline(line.strip("*")) for line in lines[:inside[0]] if line)
-    note = "".join(f'<p class="note">{_inline(line)}</p>\n' for line in lines[inside[-1] + 1:] if line)
-    return _table(header, rows, left, caption) + note
+    "A Markdown file of ours as HTML: tables, each with its lines of caption, and lines of note; anything else as it stands."
+    parts, waiting = [], []
+    for block in filter(None, re.split(r"\n\s*\n", text.strip("\n"))):
+        lines = block.splitlines()
+        if len(lines) < 2 or not all(line.startswith("|") for line in lines):
+            waiting += lines
+            continue
+        header, rule, *rows = [[*map(_inline, _split_row(line))] for line in lines]
+        parts += [_table(header, rows, [not mark.endswith(":") for mark in rule], ": ".join(_inline(line.strip("*")) for line in waiting))]
+        waiting = []
+    return "".join([*parts, *(f'<p class="note">{_inline(line)}</p>\n' for line in waiting)]) if parts else f"<pre>{_text(text)}</pre>\n"
 
 # %% ../nbs/12_report.ipynb #668c2a2f
 _LONG = 12, 200  # rows from which a CSV is folded, and from which it is cut

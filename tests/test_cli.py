@@ -225,24 +225,32 @@ def test_reproduce_passes_its_options_on(monkeypatch, capsys):
 
     def reproduce(profile, **options):
         calls.append((profile, options))
-        return types.SimpleNamespace(failed=[], files=[Path("figures/a.csv")])
+        return types.SimpleNamespace(failed={}, left_out={}, files=[Path("figures/a.csv")], plan=types.SimpleNamespace(cases={"a": []}),
+                                     report=Path("figures/report.html"))
 
     stand_in(monkeypatch, "experiments", reproduce=reproduce)
     assert main(["reproduce"]) == 0
     words = "reproduce --profile celeba64 --only a --only b --seeds 2 --out o --store s --set data.root=/x=y --set k=4 --workers 2"
-    assert main(words.split()) == 0
-    nothing = {"only": None, "seeds": None, "out": None, "store": None, "settings": {}, "workers": None}
+    assert main([*words.split(), "--aggregation", "published"]) == 0
+    nothing = {"only": None, "seeds": None, "out": None, "store": None, "settings": {}, "workers": None, "aggregation": "mean"}
     given = {"only": ["a", "b"], "seeds": 2, "out": Path("o"), "store": Path("s"), "settings": {"data.root": "/x=y", "k": "4"},
-             "workers": 2}
+             "workers": 2, "aggregation": "published"}
     assert calls == [("toy", nothing), ("celeba64", given)]
-    assert capsys.readouterr().out == f"{Path('figures/a.csv')}\n" * 2
+    assert capsys.readouterr().out == f"1 files of 1 experiments; report: {Path('figures/report.html')}\n" * 2
+
+
+def test_a_plan_computes_nothing(monkeypatch, capsys):
+    stand_in(monkeypatch, "experiments", make_plan=lambda profile, only, **options: (f"plan of {only}", {"tradeoff: DiGA": "no generator"}))
+    assert main(["reproduce", "--plan", "--only", "tradeoff"]) == 0
+    assert capsys.readouterr().out == "plan of ['tradeoff']\nleft out: tradeoff: DiGA: no generator\n"
 
 
 def test_failed_experiments_are_named_with_exit_code_1(monkeypatch, capsys):
-    result = types.SimpleNamespace(failed=["partial_finetuning", "tradeoff"], files=[])
+    result = types.SimpleNamespace(failed={"partial_finetuning": "no\nspace", "tradeoff": "x"}, files=[], left_out={}, report=None,
+                                   plan=types.SimpleNamespace(cases={}))
     stand_in(monkeypatch, "experiments", reproduce=lambda *a, **k: result)
     assert main(["reproduce"]) == 1
-    assert capsys.readouterr().err == "aimfair: failed: partial_finetuning, tradeoff\n"
+    assert capsys.readouterr().err == "aimfair: failed: partial_finetuning: no space\naimfair: failed: tradeoff: x\n"
 
 
 def test_status_prints_the_frame(monkeypatch, capsys):
@@ -322,7 +330,7 @@ def test_warnings_are_one_line(monkeypatch, capsys):
 
     def reproduce(*args, **options):
         warnings.warn("2 images\nleft out", UserWarning, stacklevel=1)
-        return types.SimpleNamespace(failed=[], files=[])
+        return types.SimpleNamespace(failed={}, left_out={}, files=[], report=None, plan=types.SimpleNamespace(cases={}))
 
     stand_in(monkeypatch, "experiments", reproduce=reproduce)
     before = warnings.formatwarning

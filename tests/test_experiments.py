@@ -1,4 +1,5 @@
-"The store, the profiles and the reproduction: faults, kills, and the same numbers twice."
+"The store, the profiles, plans and the reproduction: faults, kills, and the same numbers twice."
+import dataclasses
 import json
 import os
 import random
@@ -16,25 +17,30 @@ import pytest
 from aimfair.experiments import (
     METHODS,
     STRATEGIES,
+    Images,
     Profile,
     Stage,
     Store,
+    _run_jobs,
     about_synthetic,
     fingerprint,
-    load_images,
+    from_notebook,
     load_profile,
+    make_plan,
     profiles,
     prompts_of,
     reproduce,
+    results,
     run,
     settings_of,
     status,
+    why,
 )
 from aimfair.sensitivity import group_indices
 
-TINY = {"data.n": 80, "data.n_train": 200, "data.n_val": 40, "data.n_test": 80, "synthetic.kind": "studio", "synthetic.pool": 40,
+TINY = {"data.n": 80, "data.n_train": 200, "data.n_val": 40, "data.n_test": 80, "synthetic.kind": "studio", "synthetic.pool": 44,
         "synthetic.per_group": 20, "train.epochs": 2, "finetune.epochs": 1, "train.batch_size": 16, "finetune.batch_size": 16,
-        "mask.batch_size": 16}
+        "mask.batch_size": 16, "synthetic.held_out": 4, "baselines.maple_steps": 1, "baselines.edits": 4}
 GENERATED = TINY | {"synthetic.kind": "generated", "synthetic.steps": 2}
 
 
@@ -196,27 +202,126 @@ class TestRun:
 def test_every_method_of_every_table_runs(tiny):
     "The comparison, and all partial strategies, on the store of the tiny experiment: what they share is there already."
     results, store = tiny
-    names = [m for m in METHODS if m not in STRATEGIES]
+    names = [m for m in METHODS if m not in STRATEGIES and m != "DiGA"]  # which edits with a generator
     done = run("toy", names, seeds=1, settings=TINY, store=store, workers=1, progress=False)
     assert sorted(done.predictions.method.unique()) == sorted(names) and done.predictions.logit.notna().all()
     trained = [about for about in status(store).itertuples() if about.stage == "train"]
     assert sum("real, seed 100" in about.what for about in trained) == 1, "all share one biased model"
+    with pytest.raises(ValueError, match="DiGA: edits faces with a generator"):
+        run("toy", ["DiGA"], seeds=1, settings=TINY, store=store, workers=1, progress=False)
+
+
+def test_k_is_chosen_as_one_would_by_hand(tiny):
+    "From the candidates' models, by validation accuracy and held-out synthetic images alone."
+    from aimfair.training import accuracy, predict_logits
+    results, store = tiny
+    run("toy", ["AIM-Fair, k chosen"], seeds=1, settings=TINY, store=store, workers=1, progress=False)
+    bench = results.bench
+    table = pd.read_csv(bench.chosen(100).run(bench.store) / "candidates.csv", index_col="k")
+    held_out = bench.images.held_out
+    assert len(held_out) == 16 and not set(held_out.ids) & set(bench.images.pool.ids)
+    for k, row in table.iterrows():
+        model = bench.load_model(bench.over(k=k).finetuned("selective", 100))
+        assert row.val_accuracy == pytest.approx(accuracy(model, bench.images.val))
+        right = (predict_logits(model, held_out)[:, 0] > 0) == held_out.target
+        cells = pd.Series(right).groupby([held_out.target, held_out.protected]).mean()
+        assert row.worst_group_accuracy == pytest.approx(cells.min())
+    good = table[table.val_accuracy >= table.val_accuracy.max() - 0.01 - 1e-9]
+    best = good.sort_values(["worst_group_accuracy", "equalized_odds", "val_accuracy", "elements"], ascending=[False, True, False, True])
+    assert table.index[table.chosen].tolist() == [best.index[0]]
+    same = [bench.load_model(j).state_dict() for j in (bench.chosen(100), bench.over(k=int(best.index[0])).finetuned("selective", 100))]
+    assert all((same[0][n] == same[1][n]).all() for n in same[0])
+
+
+class TestPlan:
+    "What is planned before anything is made."
+
+    def test_counts_by_hand(self, tmp_path):
+        plan, left_out = make_plan("toy", seeds=1, store=tmp_path)
+        assert not left_out and len(plan.cases) == 12 and list(tmp_path.iterdir()) == []
+        # comparison: 8 x 3; less data: 8 x 3 more; UTKFace 8; strategies 5 more; partial 15; styles 6 (per_group 600 at all three);
+        # k 5 more; bias 3 more; ratio 3 more (1 : 4 is 250 a group, 1 : 2 500, 3 : 2 1500)
+        assert plan.models(plan.jobs.values()) == 24 + 24 + 8 + 5 + 15 + 6 + 5 + 3 + 3
+        assert plan.rows == 7 + 24 + 32 + 8 + 18 + 7 + 9 + 5 + 5 + 2 + 13
+
+    def test_it_is_what_is_made(self, tiny, tmp_path):
+        _, store = tiny
+        plan, _ = make_plan("toy", ["layer_sensitivity"], seeds=3, settings=TINY, store=store)
+        missing = {h: j.stage.name for h, j in plan.missing.items()}
+        assert sorted(missing.values()) == sorted(["train", "finetune", "predictions", "predictions", *["gradients"] * 3])
+        done = results("layer_sensitivity", "toy", seeds=3, settings=TINY, store=store, workers=1, progress=False)
+        assert done.made == len(missing) and not make_plan("toy", ["layer_sensitivity"], seeds=3, settings=TINY, store=store)[0].missing
+
+    def test_what_a_profile_cannot_have_is_left_out_and_named_is_an_error(self, tmp_path):
+        plan, left_out = make_plan("toy", settings=TINY, seeds=1, store=tmp_path)
+        assert {"prompt_strategies", "synthetic_gallery", "utkface_comparison", "celeba_comparison: DiGA"} <= set(left_out)
+        assert "prompt_strategies" not in plan.cases and "DiGA" not in {c.label for c in plan.cases["celeba_comparison"]}
+        with pytest.raises(ValueError, match="prompt_strategies"):
+            make_plan("toy", ["prompt_strategies"], settings=TINY, store=tmp_path)
+
+    def test_too_few_synthetic_images_are_told_before_anything_is_made(self, tmp_path):
+        with pytest.raises(ValueError, match="synthetic.per_group is 1000, but group 0_0 of the synthetic images has 500"):
+            make_plan("toy", settings={"synthetic.pool": 600}, store=tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_why(self, tiny):
+        _, store = tiny
+        frame = why("toy", ["layer_sensitivity"], seeds=2, settings=TINY | {"finetune.lr": 0.02}, store=store)
+        missing = frame[frame.state == "missing"]
+        assert sorted(missing.stage) == ["finetune", "finetune", "predictions", "predictions"]
+        assert missing.why[missing.stage == "finetune"].str.contains("config.lr: 0.01 -> 0.02").all()
+        assert missing.why[missing.stage == "predictions"].str.contains("first finetune").all()
+        assert (frame.why[(frame.state == "done") & (frame.stage == "train")] == "layer_sensitivity").all()
+        assert set(frame.what[frame.state == "unused"]) >= {"linear_probe, seed 100", "full, seed 100"}
+
+
+class TestNotebookParameters:
+    @pytest.mark.parametrize(("given", "words"), [
+        ({"sedes": 3}, "no parameter 'sedes'; there are profile"), ({"seeds": "three"}, "seeds"), ({"seeds": 0}, "seeds"),
+        ({"seeds": 2.5}, "seeds"), ({"settings": "k=4"}, "settings"), ({"aggregation": "median"}, "'mean' or 'published'"),
+        ({"settings": {"mask.kk": 4}}, "mask.k"), ({"profile": "toys"}, "no profile 'toys'")])
+    def test_wrong_ones_stop_before_anything_is_made(self, given, words, tmp_path):
+        with pytest.raises(ValueError, match=words):
+            from_notebook("tradeoff", {"profile": "toy", "store": str(tmp_path / "runs"), "_ih": [], "In": [], **given})
+        assert not (tmp_path / "runs").exists()
+
+    def test_right_ones(self, tiny, tmp_path):
+        _, store = tiny
+        namespace = {"profile": "toy", "settings": TINY, "seeds": 1, "store": str(store), "out": str(tmp_path), "aggregation": "published"}
+        done = from_notebook("layer_sensitivity", namespace)
+        assert (done.stem, done.aggregation, done.seeds) == (tmp_path / "layer_sensitivity", "published", [100])
+        assert from_notebook("layer_sensitivity", namespace | {"note": "a variable of a later cell"}).made == 0
+
+
+def test_a_job_that_fails_takes_its_dependents_and_nothing_else(tiny, monkeypatch):
+    "No training of EIIL can succeed; whatever does not need one goes on."
+    from aimfair import baselines
+    _, store = tiny
+    broken = dataclasses.replace(baselines.BASELINES["EIIL"], train=lambda *a, **k: 1 / 0)
+    monkeypatch.setitem(baselines.BASELINES, "EIIL", broken)
+    plan, _ = make_plan("toy", ["tradeoff", "layer_sensitivity"], seeds=1, settings=TINY | {"train.epochs": 1}, store=store)
+    passed = []
+    errors = _run_jobs(plan.missing, plan.seconds, str(store), 1, passed.append)
+    lost = {plan.jobs[h].stage.config["label"] for h in errors}
+    assert lost == {"EIIL, seed 100"} and len(errors) == 2 and all(isinstance(e, ZeroDivisionError) for e in errors.values())
+    assert len(passed) == len(plan.missing) - 1  # its predictions were never tried
+    assert not make_plan("toy", ["layer_sensitivity"], seeds=1, settings=TINY | {"train.epochs": 1}, store=store)[0].missing
 
 
 class TestGenerated:
     "The bundled generator and frozen prompts in the place of drawn studio faces."
 
     def test_images_come_from_the_frozen_prompts_of_the_task(self, tmp_path):
-        small = GENERATED | {"synthetic.pool": 3, "synthetic.per_group": 2, "data.protected": "Male", "synthetic.shards": 3}
+        small = GENERATED | {"synthetic.pool": 3, "synthetic.per_group": 2, "synthetic.held_out": 0, "data.protected": "Male", "synthetic.shards": 3}
         profile = load_profile("toy", small)
         prompts = prompts_of(profile)
         assert (prompts.task.name, prompts.style) == ("toy-smiling-male", "contextual-pose")
-        images = load_images(profile, Store(tmp_path))
+        images = Images(profile, Store(tmp_path))
         assert {g: len(i) for g, i in group_indices(images.pool).items()} == {g: 3 for g in ((0, 0), (0, 1), (1, 0), (1, 1))}
         manifests = [pd.read_parquet(p) for p in tmp_path.glob("synthesis/*/manifest.parquet")]
         rows = pd.concat(manifests)
         assert len(manifests) == 3 and all(r.prompt in prompts.groups[r.group] for r in rows.itertuples())
-        alone = load_images(load_profile("toy", small | {"synthetic.shards": 1}), Store(tmp_path / "one"))
+        alone = Images(load_profile("toy", small | {"synthetic.shards": 1}), Store(tmp_path / "one"))
         difference = images.pool.gather(slice(None)).int() - alone.pool.gather(slice(None)).int()
         assert alone.pool.ids.tolist() == images.pool.ids.tolist() and difference.abs().max() <= 2
 
@@ -228,7 +333,7 @@ class TestGenerated:
 
     @pytest.mark.parametrize("settings,words", [
         ({"generator": "no/such/folder"}, "no such folder"), ({"synthetic.prompts": "toy-smiling-mail"}, "toy-smiling-male"),
-        ({"synthetic.style": "plane"}, "plain"), ({"data.protected": "Young"}, "toy-smiling-young")])
+        ({"synthetic.style": "plane"}, "plain")])
     def test_what_is_not_there_is_told_before_anything_is_trained(self, tmp_path, settings, words):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             run("toy", store=tmp_path, settings=GENERATED | settings, workers=1, progress=False)
@@ -238,7 +343,8 @@ class TestGenerated:
 def _reproduce(folder, *more):
     sets = [x for k, v in GENERATED.items() for x in ("--set", f"{k}={v}")]
     places = ["--store", folder / "runs", "--out", folder / "out"]
-    command = [sys.executable, "-m", "aimfair.cli", "reproduce", "--seeds", "1", *places, *sets, *more]
+    words = ["reproduce", "--only", "finetuning_strategies", "--seeds", "1"]
+    command = [sys.executable, "-m", "aimfair.cli", *words, *places, *sets, *more]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 

@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from aimfair.data import DataError, Faces
+from aimfair import finetuning
+from aimfair.data import DataError, Faces, batches
+from aimfair.finetuning import choose_k
 from aimfair.pipeline import AIMFair, debias, faces_table, hold_out, image_size, model_from
-from aimfair.sensitivity import group_indices
+from aimfair.sensitivity import group_indices, mean_gradients, take_groups
 from aimfair.training import TrainConfig, WeightsError, fit, narrow_resnet18, read_weights, seeded
 
 FOUR = [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -260,6 +262,103 @@ def test_global_random_state_is_neither_read_nor_moved(network, small):
     assert same_state(*results)
 
 
+# --- k chosen by itself
+
+
+AUTO = {**RUN, "k": "auto", "majority": "0_1,1_0"}
+
+
+@pytest.fixture(scope="module")
+def larger(small):
+    return {**small, "synthetic": ramps(dict.fromkeys(FOUR, 50), 2, photo=False)}
+
+
+@pytest.fixture(scope="module")
+def automatic(network, larger):
+    return AIMFair(network, **AUTO).fit(**larger)
+
+
+def same_result(a, b):
+    assert same_state(a.model.state_dict(), b.model.state_dict()) and a.mask == b.mask
+    assert a.report.to_dict() == b.report.to_dict()
+    pd.testing.assert_frame_equal(a.sensitivity, b.sensitivity, check_exact=True)
+    pd.testing.assert_frame_equal(a.report.choice.table, b.report.choice.table, check_exact=True)
+
+
+def test_auto_is_choose_k_by_hand(network, larger, automatic):
+    "Of 50 synthetic images a group, in order: 36 are learned from, 9 are for the choice, 5 for the report."
+    pool, where = larger["synthetic"], group_indices(larger["synthetic"])
+    rest, aside = (pool.select(np.sort(np.concatenate([i[part] for i in where.values()]))) for part in (slice(36), slice(36, 45)))
+    balanced = take_groups(rest, dict.fromkeys(FOUR, 36))
+    images = {"real": larger["real"], "synthetic_biased": take_groups(rest, times(BIASED, 4)), "synthetic_balanced": balanced}
+    gradients = {}
+    for name, faces in images.items():
+        order = torch.Generator().manual_seed(0)
+        one_pass = batches(faces, 16, shuffle=True, drop_last=True, augment=QUICK.augment(), generator=order, device="cpu")
+        gradients[name] = mean_gradients(network, one_pass, seed=0, device="cpu")
+    chosen = choose_k(network, balanced, larger["val"], aside, gradients=gradients, config=QUICK, device="cpu", progress=False)
+    pd.testing.assert_frame_equal(automatic.report.choice.table, chosen.table, check_exact=True)
+    assert automatic.report.setup["k"] == chosen.k and set(automatic.mask) == chosen.mask
+    assert same_state(automatic.model.state_dict(), chosen.fitted.model.state_dict())
+    assert list(automatic.sensitivity.index[automatic.sensitivity.selected]) == automatic.mask
+    counts = automatic.report.setup["images"]
+    assert [counts[f"synthetic_{s}"] for s in ("biased", "balanced", "for_k", "held_out")] == [80, 144, 36, 20]
+
+
+def test_auto_reads_no_group_of_a_real_image(network, larger, automatic):
+    same_result(AIMFair(network, **AUTO).fit(**{**larger, "real": poisoned(larger["real"]), "val": poisoned(larger["val"])}), automatic)
+
+
+def test_auto_tells_what_it_chose_from(automatic, tmp_path):
+    folder, table = automatic.save(tmp_path / "out"), automatic.report.choice.table
+    report = json.loads((folder / "report.json").read_text())
+    k = report["setup"]["k"]
+    assert list(report["candidates"]) == ["none", *map(str, table.index)]
+    assert [name for name, row in report["candidates"].items() if row.get("chosen")] == [str(k)]
+    assert report["candidates"][str(k)]["worst_group_accuracy"] == table.worst_group_accuracy[k]
+    assert f"k = {k})" in repr(automatic) and (folder / "report.md").read_text().count("| chosen |") == 1
+    assert repr(automatic.report.choice) in repr(automatic) and automatic.report.choice._repr_html_() in automatic._repr_html_()
+
+
+def test_auto_with_a_normalisation_keeps_candidates_that_can_be_judged(larger):
+    result = AIMFair(odd_net(), mean=(0.5,) * 3, std=(0.25,) * 3, **AUTO).fit(**larger)
+    choice = result.report.choice
+    again = choice.hindsight(larger["val"], device="cpu")
+    assert again.accuracy.tolist() == choice.table.val_accuracy.tolist() and not result.model._forward_pre_hooks
+
+
+def test_auto_interrupted_goes_on(network, larger, automatic, tmp_path, monkeypatch):
+    started, real = [], finetuning.finetune
+
+    def interrupted(*args, **options):
+        started.append(options["checkpoint"])
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(finetuning, "finetune", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        AIMFair(network, **AUTO).fit(**larger, checkpoint=tmp_path)
+    finished = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.is_file() and f.name != "run.json"}
+    assert sorted(f.name for f in finished if f.parent != tmp_path) == sorted(f.name for f in started[:2]) and len(finished) == 5
+    same_result(AIMFair(network, **AUTO).fit(**larger, checkpoint=tmp_path), automatic)
+    assert {f: f.stat().st_mtime_ns for f in finished} == finished  # nothing was computed again
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"val": None}, "val is a NoneType; expected Faces"),
+    ({"synthetic": ramps(dict.fromkeys(FOUR, 49), 2)}, 'the synthetic images have 49 of group 0_0; at least 50 are needed for k="auto"'),
+])
+def test_mistakes_with_auto(network, larger, changes, message):
+    with pytest.raises(ValueError) as caught:
+        AIMFair(network, **AUTO).fit(**{**larger, **changes})
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_auto_puts_nothing_aside_where_there_is_no_mask(network, small):
+    assert AIMFair(network, strategy="full", **AUTO).fit(**small).report.choice is None
+
+
 # --- reports and folders
 
 
@@ -322,6 +421,7 @@ def test_mistakes_in_images(network, small, mistake):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"k": 0}, "k=0 is not a whole number from 1 to 62"), ({"k": 63}, "from 1 to 62"), ({"k": 2.5}, "k=2.5"),
+    ({"k": "best"}, 'k=.best. is not .* nor "auto"'),
     ({"bias": 1}, "bias is 1"), ({"bias": -0.1}, "bias is -0.1"), ({"strategy": "some"}, "choose selective"),
     ({"gradient_batch_size": 1}, "expected 2 or more"), ({"mean": (0, 0, 0)}, "three numbers each"),
     ({"mean": (0, 0, 0), "std": (1, 0, 1)}, "above 0"), ({"model": "resnet18"}, "model is a str"), ({"model": nn.ReLU()}, "no parameters"),
@@ -522,24 +622,30 @@ def finished(process):
     return process.returncode, out, err
 
 
-def test_command_killed_and_started_again_ends_the_same(files):
+@pytest.mark.parametrize("k", [None, "auto"])
+def test_command_killed_and_started_again_ends_the_same(files, k):
     "kill -9 during fine-tuning; the same command goes on, ends with the same bytes, and then says that it is done."
-    given = options(files, "killed", epochs=60)
-    process, progress = command(files, given), files / "killed.partial" / "checkpoint" / "finetuning.pt"
+    name, given = f"killed-{k}", options(files, f"killed-{k}", epochs=60)
+    progress = files / f"{name}.partial" / "checkpoint" / "finetuning.pt"
+    if k:
+        write_images(files / "many", ramps(dict.fromkeys(FOUR, 50), 3, photo=False), by_group=True)
+        given |= {"k": k, "synthetic": f"{files}/many", "epochs": 3}
+        progress = progress.with_name("candidates")
+    process = command(files, given)
     for _ in range(1200):
         if progress.exists() or process.poll() is not None:
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     assert finished(process)[0] == -signal.SIGKILL
-    assert not (files / "killed").exists()
+    assert not (files / name).exists()
     with pytest.raises(ValueError, match="an unfinished run with other options .seed was 0, is 1"):
         debias(**{**given, "seed": 1})
     code, out, err = finished(command(files, given))
     assert code == 0 and "worst group (WST)" in out and "Traceback" not in err, err
-    undisturbed = debias(**{**given, "out": f"{files}/undisturbed"})
-    assert contents(files / "killed") == contents(undisturbed.folder)
+    undisturbed = debias(**{**given, "out": f"{files}/undisturbed-{k}"})
+    assert contents(files / name) == contents(undisturbed.folder)
     code, out, err = finished(command(files, given))
     assert code == 0 and "was done already" in out
     code, out, err = finished(command(files, {**given, "k": 40}))
-    assert code == 2 and "k was None, is 40" in err and len(err.strip().splitlines()) == 1
+    assert code == 2 and f"k was {k}, is 40" in err and len(err.strip().splitlines()) == 1

@@ -22,16 +22,24 @@ import aimfair
 from aimfair import report
 from aimfair.report import (
     DifferenceTable,
+    PlainTable,
     ResultTable,
     Section,
+    VariantTable,
+    best_sentence,
     compare,
     hardware,
     package_versions,
     per_seed,
     plot_curve,
     plot_groups,
+    plot_layers,
+    plot_lines,
+    plot_rows,
+    plot_samples,
     plot_strategies,
     plot_tradeoff,
+    plot_variants,
     sentence,
     summarize,
     table_note,
@@ -269,6 +277,75 @@ def test_difference_table(scores, tmp_path):
     assert len(table.write(tmp_path / "d")) == 3
 
 
+@pytest.fixture(scope="module")
+def settings(scores):
+    "Two settings, one of which lacks methods and has a name that needs escapes."
+    return {"Smiling, Male": scores, "50 % | R&D_{x}": per_seed(simulate(["ERM", "MAPLE", "AIM-Fair"], seeds=(100, 200)))}
+
+
+def test_blocks_are_the_tables_of_the_settings(settings):
+    summaries = {name: summarize(s) for name, s in settings.items()}
+    table = VariantTable(summaries, caption="c", note="n", digits=1)
+    rows = dict(table.rows())
+    assert list(rows) == [*NAMES, "MAPLE"] and table.header() == ["Method", *2 * ResultTable(summaries["Smiling, Male"]).header()[1:]]
+    for place, summary in enumerate(summaries.values()):
+        for name, cells in ResultTable(summary, digits=1).rows():
+            assert rows[name][4 * place:4 * place + 4] == cells
+    assert [c.value for c in rows["MAPLE"][:4]] == ["–"] * 4
+    for (variant, method), row in table.frame.iterrows():
+        assert row.equals(summaries[variant].loc[method].rename(row.name))
+
+
+def test_blocks_in_every_format(settings, tmp_path):
+    table = VariantTable({name: summarize(s) for name, s in settings.items()}, caption="C", note="N")
+    files = {p.suffix: p.read_text(encoding="utf-8") for p in table.write(tmp_path / "t")}
+    long = list(csv.DictReader(io.StringIO(files[".csv"])))
+    assert [(r["variant"], r["method"]) for r in long] == [(v, m) for v, s in settings.items() for m in dict.fromkeys(i[0] for i in s.index)]
+    assert float(long[-1]["WST"]) == pytest.approx(table.frame["WST"].iloc[-1], abs=1e-4)
+    body = files[".tex"].split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+    assert {len(re.findall(r"(?<!\\)&", row)) for row in body} == {8} and len(body) == 8
+    assert files[".tex"].count(r"\multicolumn{4}{c}") == 2 and r"\cmidrule(lr){2-5} \cmidrule(lr){6-9}" in files[".tex"]
+    assert r"50 \% \textbar{} R\&D\_\{x\}" in files[".tex"] and files[".tex"].count("{") == files[".tex"].count("}")
+    blocks = files[".md"].split("\n\n")
+    assert blocks[0] == "**C**" and blocks[1] == "**Smiling, Male**" and blocks[-1] == "N\n"
+    assert [sum(line.startswith("|") for line in block.splitlines()) - 2 for block in (blocks[2], blocks[4])] == [7, 3]
+    html = table._repr_html_()
+    assert html.count('colspan="4"') == 2 and html.count("<tr>") == 2 + 8 and "R&amp;D" in html
+
+
+def test_page_shows_every_block(settings, tmp_path):
+    VariantTable({name: summarize(s) for name, s in settings.items()}, caption="C", note="N").write(tmp_path / "e")
+    path = write_html_report(tmp_path / "r.html", experiments=[Section("e")], configuration={}, about={})
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.tags.count("caption") == 2 and {"C: Smiling, Male", "50 % | R&D_{x}", "N"} <= set(page.words)
+    assert [row[0] for row in page.rows if len(row) == 5] == ["Method", *NAMES, "Method", "ERM", "AIM-Fair", "MAPLE"]
+
+
+def test_blocks_of_differences(settings):
+    table = VariantTable({name: compare(s) for name, s in settings.items()}, of=DifferenceTable, digits=1)
+    assert table.header()[0] == "Difference to ERM" and list(dict(table.rows())) == [*NAMES[1:], "MAPLE"]
+    assert table.frame.index.names == ["variant", "method", "metric"]
+
+
+def test_plain_table_shows_every_kind_of_cell(tmp_path):
+    frame = pd.DataFrame({"n": [12345, 2], "share": [-0.125, np.nan], "ok": [True, False], "name": ["a|b", None]},
+                         index=pd.Index(["x", "<y>"], name="set"))
+    table = PlainTable(frame, labels={"n": "Images", "set": "Set"}, digits=1)
+    assert table.header() == ["Set", "Images", "share", "ok", "name"]
+    assert [[c.value for c in cells] for _, cells in table.rows()] == [["12,345", "−0.1", "yes", "a|b"], ["2", "–", "no", "–"]]
+    assert r"a\|b" in table._repr_markdown_() and "&lt;y&gt;" in table._repr_html_() and len(table.write(tmp_path / "t")) == 3
+    assert PlainTable(frame.iloc[:0]).rows() == []
+    assert "|:--|--:|--:|--:|:--|" in table._repr_markdown_() and "{lrrrl}" in table.to_latex()
+
+
+def test_best_sentence_is_of_the_table(scores):
+    summary = summarize(scores)
+    text = best_sentence(summary, metrics=("WST", "EO"))
+    assert text.startswith("By the mean over 3 seeds, ")
+    assert f"{summary.WST.idxmax()} ({summary.WST.max():.2f})" in text and f"{summary.EO.idxmin()} ({summary.EO.min():.2f})" in text
+    assert "no accuracy" in best_sentence(summary.assign(ACC=np.nan))
+
+
 # ---------------------------------------------------------------- figures
 
 def labels_of(ax):
@@ -408,6 +485,75 @@ def test_curve_with_one_seed_and_with_text_values(tmp_path):
 def test_curves_that_would_mislead_are_errors(call, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         call(curve_frame())
+
+
+def points(ax):
+    "Large marks of a panel: the places where one marker is drawn alone."
+    return [tuple(np.round(c.get_offsets()[0], 6)) for c in ax.collections if hasattr(c, "get_sizes") and len(c.get_offsets()) == 1]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_panels_of_settings(settings, n):
+    chosen = {f"{name} {i}": s for i, (name, s) in enumerate([*settings.items()] * 3) if i < n}
+    figure = plot_variants(chosen, share=n > 2)
+    visible = [ax for ax in figure.axes if ax.get_visible()]
+    assert [ax.get_title(loc="left") for ax in visible] == list(chosen) and all(ax.xaxis.get_inverted() for ax in visible)
+    for ax, scores in zip(visible, chosen.values(), strict=True):
+        means = scores.groupby(level="method")[["EO", "ACC"]].mean()
+        assert {tuple(np.round(row, 6)) for row in means.to_numpy()} <= set(points(ax))
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == list(dict.fromkeys([*NAMES, "MAPLE"][:7 + (n > 1)]))
+
+
+@pytest.mark.parametrize("seeds", [(100,), (100, 200)])
+def test_rows_are_methods(seeds):
+    scores = per_seed(simulate(seeds=seeds))
+    figure = plot_rows(scores, metrics=("WST", "EO"))
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == NAMES
+    for ax, metric in zip(figure.axes, ("WST", "EO"), strict=True):
+        mean = scores[metric].groupby(level="method", sort=False).mean()
+        assert points(ax) == [(round(v, 6), len(NAMES) - 1 - i) for i, v in enumerate(mean)]
+        assert ax.lines[-1].get_xdata()[0] == pytest.approx(mean["ERM"])
+    assert len(plot_rows(scores, baseline="none").axes[0].lines) < len(figure.axes[0].lines)
+
+
+def test_a_line_a_method_with_gaps(settings):
+    frame = pd.concat({"100 %": settings["Smiling, Male"], "50 %": settings["Smiling, Male"].drop("JTT", level="method", errors="ignore")}, names=["size"])
+    frame = frame.drop(index=[i for i in frame.index if i[:2] == ("50 %", "AIM-Fair")])
+    figure = plot_lines(frame, "size", ("WST",))
+    lines = {t.get_text(): line.get_ydata() for t, line in zip(figure.legends[0].get_texts(), figure.axes[0].lines, strict=True)}
+    assert list(lines) == NAMES and np.isnan(lines["AIM-Fair"]).tolist() == [False, True]
+    assert lines["ERM"][1] == pytest.approx(frame.loc["50 %"].loc["ERM", "WST"].mean())
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["100 %", "50 %"]
+
+
+def test_layers_are_the_mean_of_the_seeds(tmp_path):
+    names = ["conv1.weight", "bn1.weight", *(f"layer1.{i}.weight" for i in range(8)), "fc.weight"]
+    def table(seed):
+        rng = np.random.default_rng(seed)
+        domain, bias = rng.permutation(11) + 1, rng.permutation(11) + 1
+        return pd.DataFrame({"domain_rank": domain, "bias_rank": bias, "selected": (domain < 9) & (bias < 9)}, index=names)
+    tables = {seed: table(seed) for seed in (1, 2, 3)}
+    figure = plot_layers(tables)
+    loud, updated = (ax.collections[0].get_array() for ax in figure.axes[:2])
+    domain, bias = np.reshape(loud, (2, 11))
+    assert np.allclose(domain, np.mean([t.domain_rank - 1 for t in tables.values()], axis=0) / 10)
+    assert np.allclose(bias, 1 - np.mean([t.bias_rank - 1 for t in tables.values()], axis=0) / 10)
+    assert np.allclose(np.ravel(updated), np.mean([t.selected for t in tables.values()], axis=0))
+    assert "3 seeds" in figure.axes[1].get_xlabel() and "1 seed)" in plot_layers({1: tables[1]}).axes[1].get_xlabel()
+    assert write_figure(figure, tmp_path / "a")[0].read_bytes() == write_figure(plot_layers(tables), tmp_path / "b")[0].read_bytes()
+
+
+def test_samples_are_the_first_of_each_group(tmp_path):
+    from PIL import Image
+
+    rows = []
+    for i in range(7):
+        Image.new("RGB", (4, 4), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        rows.append({"path": tmp_path / f"{i}.png", "target": i % 2, "protected": 0})
+    figure = plot_samples(pd.DataFrame(rows), per_group=3, names={"0_0": "zero"})
+    shown = [int(ax.get_images()[0].get_array()[0, 0, 0]) // 30 for ax in figure.axes if ax.get_images()]
+    assert shown == [0, 2, 4, 1, 3, 5] and [t.get_text() for t in labels_of(figure.axes[0])] == ["zero"]
+    assert "target 1" in labels_of(figure.axes[3])[0].get_text()
 
 
 # ---------------------------------------------------------------- the page
