@@ -19,7 +19,7 @@ PATHS := PATH="$$(cd $(BIN) && pwd):$$PATH"
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test lab lint export readme dist clean distclean FORCE
+.PHONY: help setup reproduce figures test lab lint export readme dist clean distclean FORCE
 
 # a checkout that was moved, or whose Python is gone, needs a new environment: its scripts hold absolute paths
 ifneq "$(shell $(BIN)/python -c '' 2>/dev/null && cat $(STAMP) 2>/dev/null)" "$(CURDIR)"
@@ -27,7 +27,8 @@ RENEW := FORCE
 endif
 
 help:
-	@echo 'make reproduce  set up, then regenerate the tables and figures (ARGS="--profile celeba64 --seeds 1")'
+	@echo 'make reproduce  set up, then regenerate all tables and figures, one seed (ARGS="--profile celeba64 --only tradeoff")'
+	@echo 'make figures    the same with five seeds, into figures/'
 	@echo 'make test       set up, then run the notebooks and the fast tests (AIMFAIR_SLOW=1: the slow ones too)'
 	@echo 'make lab        set up, then open JupyterLab on the notebooks'
 	@echo 'make export     write the modules and README.md from the notebooks, and clean the notebooks'
@@ -61,6 +62,9 @@ $(STAMP): setup.py settings.ini constraints.txt $(RENEW)
 
 reproduce: $(STAMP)
 	$(BIN)/aimfair reproduce $(ARGS)
+
+figures: $(STAMP)
+	$(BIN)/aimfair reproduce --seeds 5 --out figures $(ARGS)
 
 # a notebook that fails does not keep the tests from running
 test: $(STAMP)

@@ -344,7 +344,7 @@ def alignment(
     length = torch.sqrt(sum((v.double() ** 2).sum() for v in direction.values())).item()
     if length == 0:
         return np.zeros(len(faces))
-    losses, y = [], torch.from_numpy(faces.target)
+    losses, y = [], torch.tensor(faces.target)
     for sign in (1, -1):
         probe = copy.deepcopy(model)
         with torch.no_grad():

@@ -2141,7 +2141,7 @@ def reproduce(
     profile: str | Path = "toy",  # a profile's name or file
     *, only: Iterable[str] | None = None,  # experiments; None: all that the profile can have
     seeds: int | None = None,  # how many of the paper's seeds; None: the profile's number
-    out: str | Path | None = None,  # folder of tables, figures, notebooks; None: figures for toy as it is, else STORE/results/PROFILE
+    out: str | Path | None = None,  # folder of tables, figures and notebooks; None: STORE/results/PROFILE
     store: str | Path | None = None,  # folder of artifacts; None: runs
     settings: dict[str, Any] | None = None,  # {dotted name: value} over the profile
     aggregation: str = "mean",  # of seeds: mean, or published
@@ -2156,8 +2156,7 @@ def reproduce(
     NotebookParameters(aggregation=aggregation)
     plan, left_out = make_plan(profile, only, seeds=seeds, settings=settings, store=store)
     workers = _workers(workers, plan.profile.run.threads)
-    name = plan.profile.name
-    out = Path(out or ("figures" if name == "toy" and not settings and only is None else store / "results" / name)).resolve()
+    out = Path(out or store / "results" / plan.profile.name).resolve()
     done = Reproduction(plan, left_out=left_out, made=len(plan.missing))
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     if progress:

@@ -1205,7 +1205,10 @@ def load_prompts(
         raise PromptError(f"no frozen prompts for {os.fspath(name_or_path)!r}; there are {', '.join(TASKS)}, or name a .json file")
     from importlib.resources import as_file, files
 
-    with as_file(files("aimfair") / "assets" / "prompts" / f"{name_or_path}.{style}.json") as path:
+    file = files("aimfair") / "assets" / "prompts" / f"{name_or_path}.{style}.json"
+    if not file.is_file():
+        raise PromptError(f"no frozen {style} prompts for {name_or_path}; write some, or choose another style")
+    with as_file(file) as path:
         return _from_file(path)
 
 # %% ../nbs/03_prompts.ipynb #390c41f6

@@ -219,12 +219,13 @@ def _html_cell(cell):
 
 def _html_table(header, rows, caption, note, spans=(), text=()):
     "The table as HTML; `spans` are headings over several columns, (name, columns), and `text` the places of columns of words."
-    left = [' style="text-align:left"' * (i in text) for i in range(1, len(header))]
+    sides = [' style="text-align:left"' * (i in text) for i in range(1, len(header))]
     head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
     over = "".join(f'<th colspan="{n}" style="text-align:center">{html.escape(name)}</th>' for name, n in spans)
     head = f"<th></th>{over}</tr>\n<tr>{head}" if spans else head
     body = "\n".join(f'<tr><td style="text-align:left">{html.escape(name)}</td>'
-                     + "".join(f"<td{side}>{_html_cell(c)}</td>" for side, c in zip(left, cells, strict=True)) + "</tr>" for name, cells in rows)
+                     + "".join(f"<td{side}>{_html_cell(c)}</td>" for side, c in zip(sides, cells, strict=True)) + "</tr>"
+                     for name, cells in rows)
     top = f"<caption>{html.escape(caption)}</caption>\n" if caption else ""
     below = f"\n<p><small>{html.escape(note)}</small></p>" if note else ""
     return f"<table>\n{top}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>{below}"
@@ -244,12 +245,14 @@ def _markdown_table(header, rows, caption, note, spans=(), text=()):
     "The table as GitHub Markdown; one table after another where columns come in spans, since it has no headings over columns."
     if spans:
         ends = np.cumsum([1, *(n for _, n in spans)])
-        parts = [_markdown_table([header[0], *header[a:b]], [(m, c[a - 1:b - 1]) for m, c in rows if {x.value for x in c[a - 1:b - 1]} != {"–"}],
-                                 name, "")
-                 for (name, _), a, b in zip(spans, ends[:-1], ends[1:], strict=True)]
+        some = [(a, b, [(m, c[a - 1:b - 1]) for m, c in rows if {x.value for x in c[a - 1:b - 1]} != {"–"}])
+                for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        parts = [_markdown_table([header[0], *header[a:b]], block, name, "")
+                 for (name, _), (a, b, block) in zip(spans, some, strict=True)]
         above, below = [f"**{_markdown_text(caption)}**\n"] if caption else [], [f"{_markdown_text(note)}\n"] if note else []
         return "\n".join([*above, *parts, *below])
-    lines = [f"| {' | '.join(map(_markdown_text, header))} |", "|:--|" + "".join(":--|" if i in text else "--:|" for i in range(1, len(header)))]
+    rule = "".join(":--|" if i in text else "--:|" for i in range(1, len(header)))
+    lines = [f"| {' | '.join(map(_markdown_text, header))} |", f"|:--|{rule}"]
     lines += [f"| {_markdown_text(name)} | {' | '.join(map(_markdown_cell, cells))} |" for name, cells in rows]
     above = [f"**{_markdown_text(caption)}**", ""] if caption else []
     below = ["", _markdown_text(note)] if note else []
@@ -278,15 +281,16 @@ def _latex_spans(spans):
 
 def _latex_table(header, rows, caption, note, spans=(), text=()):
     "The table as a LaTeX float with booktabs rules; one with spans goes over both columns of the page and is fitted to them."
-    packages, float_, fit, fitted = ("booktabs,graphicx", "table*", [r"\resizebox{\textwidth}{!}{%"], "}") if spans else ("booktabs", "table", [], "")
-    lines = [rf"% needs \usepackage{{{packages}}}", rf"\begin{{{float_}}}[t]", r"\centering"]
+    where, columns = "table*" if spans else "table", "".join("l" if i in text else "r" for i in range(1, len(header)))
+    lines = [rf"% needs \usepackage{{booktabs{',graphicx' * bool(spans)}}}", rf"\begin{{{where}}}[t]", r"\centering"]
     lines += [rf"\caption{{{_latex_text(caption)}}}"] if caption else []
-    lines += [*fit, rf"\begin{{tabular}}{{l{''.join('l' if i in text else 'r' for i in range(1, len(header)))}}}", r"\toprule", *(_latex_spans(spans) if spans else ())]
+    lines += [r"\resizebox{\textwidth}{!}{%"] if spans else []
+    lines += [rf"\begin{{tabular}}{{l{columns}}}", r"\toprule", *(_latex_spans(spans) if spans else ())]
     lines += [" & ".join(map(_latex_text, header)) + r" \\", r"\midrule"]
     lines += [" & ".join([_latex_text(name), *map(_latex_cell, cells)]) + r" \\" for name, cells in rows]
-    lines += [r"\bottomrule", r"\end{tabular}" + fitted]
+    lines += [r"\bottomrule", r"\end{tabular}" + "}" * bool(spans)]
     lines += [rf"\par\smallskip{{\footnotesize {_latex_text(note)}\par}}"] if note else []
-    return "\n".join([*lines, rf"\end{{{float_}}}"]) + "\n"
+    return "\n".join([*lines, rf"\end{{{where}}}"]) + "\n"
 
 # %% ../nbs/12_report.ipynb #7fbbb42d
 def _write_aside(path, data):
@@ -320,7 +324,7 @@ def table_note(
     "The line under a table that says on what its numbers rest; what is not given is left out."
     seeds = [str(s) for s in seeds]
     over = {**_AGGREGATIONS, **_OTHERWISE}[aggregation] if len(seeds) > 1 else ""
-    parts = [f"Profile {profile}" if profile else "", f"{over}{'seeds' if over else 'seed'} {', '.join(seeds)}" if seeds else "",
+    parts = [f"Profile {profile}" if profile else "", f"{over}seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" if seeds else "",
              f"data: {data}" if data else "", f"synthetic images: {generator}" if generator else "", extra or ""]
     text = "; ".join(p for p in parts if p).rstrip(".")
     return f"{text[:1].upper()}{text[1:]}." if text else ""
@@ -420,7 +424,7 @@ class VariantTable(_Table):
     "Methods by metrics in several settings, a block of columns for each; a method that one of them lacks has dashes there."
 
     def __init__(self,
-                 frames: Mapping[str, pd.DataFrame],  # {setting: what `summarize` or `compare` returned}; .frame is all of them, one under another
+                 frames: Mapping[str, pd.DataFrame],  # {setting: what `summarize` or `compare` returned}; .frame has them all
                  *, of: type = ResultTable,  # what a block is: `ResultTable` or `DifferenceTable`
                  note: str = "", caption: str = "",  # as in `ResultTable`
                  **options):  # others of `of`: columns, labels, digits, baseline
@@ -792,12 +796,16 @@ def _draw_row(ax, row, runs, mean, spread, style):
         ax.errorbar(mean, row, xerr=spread, color=colour, linewidth=1.1, zorder=2.5)
     ax.scatter(mean, row, s=110 if marker == "*" else 34, color=colour, marker=marker, edgecolors="white", linewidths=0.6, zorder=3)
 
+def _panel_title(metric, unit=""):
+    "A metric's name, with an arrow in the direction that is better."
+    return f"{_WORDS[metric][:1].upper()}{_WORDS[metric][1:]}{unit} {'↑' if HIGHER_IS_BETTER[metric] else '↓'}"
+
 def _finish_rows(ax, metric, baseline):
     if baseline is not None and np.isfinite(baseline):
         ax.axvline(baseline, color="#555555", linewidth=0.9, linestyle=(0, (5, 3)), zorder=1)
     ax.margins(x=0.08)
     ax.xaxis.set_inverted(not HIGHER_IS_BETTER[metric])
-    ax.set_title(f"{_WORDS[metric][:1].upper()}{_WORDS[metric][1:]}\n({metric}, %) {'↑' if HIGHER_IS_BETTER[metric] else '↓'}", loc="left", fontsize=8.5)
+    ax.set_title(_panel_title(metric, f"\n({metric}, %)"), loc="left", fontsize=8.5)
     ax.tick_params(axis="y", length=0)
 
 # %% ../nbs/12_report.ipynb #4f0d459a
@@ -821,8 +829,7 @@ def _draw_curve(ax, mean, spread, metric, places):
     colour, y, sd = _OKABE_ITO[colour], mean.to_numpy(), spread.fillna(0).to_numpy()
     ax.fill_between(places, y - sd, y + sd, color=colour, alpha=0.18, linewidth=0)
     ax.plot(places, y, color=colour, marker=marker, markersize=5, linewidth=1.6, markeredgecolor="white", markeredgewidth=0.6)
-    ax.set_title(f"{_WORDS[metric][:1].upper()}{_WORDS[metric][1:]} ({metric}, %) {'↑' if HIGHER_IS_BETTER[metric] else '↓'}", loc="left",
-                 fontsize=8.5)
+    ax.set_title(_panel_title(metric, f" ({metric}, %)"), loc="left", fontsize=8.5)
 
 def _mark_curve(ax, baseline, name, place):
     "The baseline's level and the setting in use."
@@ -881,10 +888,10 @@ def plot_lines(
         for ax, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
             for method in methods:
                 star = styles[method]["marker"] == "*"
-                ax.plot(range(len(places)), mean.loc[method, metric].reindex(places), markersize=10 if star else 6, linewidth=2.2 if star else 1.2,
-                        markeredgecolor="white", markeredgewidth=0.6, zorder=3 if star else 2, **styles[method])
+                ax.plot(range(len(places)), mean.loc[method, metric].reindex(places), markersize=10 if star else 6,
+                        linewidth=2.2 if star else 1.2, markeredgecolor="white", markeredgewidth=0.6, zorder=3 if star else 2, **styles[method])
             ax.set_xticks(range(len(places)), list(map(str, places)))
-            ax.set_title(f"{_WORDS[metric][:1].upper()}{_WORDS[metric][1:]} {'↑' if HIGHER_IS_BETTER[metric] else '↓'}", loc="left", fontsize=8.5)
+            ax.set_title(_panel_title(metric), loc="left", fontsize=8.5)
             ax.set_xlabel(xlabel or x, fontsize=8.5)
             ax.set_ylabel(f"{metric} (%)", fontsize=8.5)
         _legend(figure, styles)
@@ -934,7 +941,7 @@ def plot_layers(
     tables: Mapping[int, pd.DataFrame],  # {seed: table}, a row a tensor with domain_rank, bias_rank and selected; see `aimfair.sensitivity`
     *, title: str = "",  # over the figure
 ):  # matplotlib Figure
-    "Heat map of all tensors in the network's order: mean rank by domain and by bias from quiet to loud, and the share of seeds that update it."
+    "Heat map of all tensors in the network's order: mean rank by domain and bias, quiet to loud, and share of seeds that update."
     first = next(iter(tables.values()))
     n, last = len(first), max(len(first) - 1, 1)
     rank = {r: np.mean([t[r] for t in tables.values()], axis=0) for r in ("domain_rank", "bias_rank")}
@@ -948,7 +955,8 @@ def plot_layers(
         _mark_stages(lower, first.index, (upper, lower))
         count = [int(t["selected"].sum()) for t in tables.values()]
         counted = str(min(count)) if min(count) == max(count) else f"{min(count)} to {max(count)}"
-        lower.set_xlabel(f"parameter tensors, from the image to the logit ({counted} of {n} updated; {len(tables)} seed{'s' * (len(tables) != 1)})")
+        over = f"{len(tables)} seed{'s' * (len(tables) != 1)}"
+        lower.set_xlabel(f"parameter tensors, from the image to the logit ({counted} of {n} updated; {over})")
         figure.suptitle(title, fontsize=10.5) if title else None
     return figure
 

@@ -155,7 +155,12 @@ def test_what_the_grammar_makes_is_accepted(case, seed):
 
 # ---------------------------------------------------------------- frozen sets
 
-@pytest.mark.parametrize("task, style", CASES)
+def test_one_task_of_few_details_ships_in_one_style():
+    with pytest.raises(P.PromptError, match="no frozen plain prompts for toy-gender-tone"):
+        load_prompts("toy-gender-tone", "plain")
+
+
+@pytest.mark.parametrize("task, style", [c for c in CASES if c[0] != "toy-gender-tone" or c[1] == "contextual-pose"])
 def test_frozen_sets(task, style):
     frozen = load_prompts(task, style)  # checks every prompt
     assert list(frozen.groups) == ["0_0", "0_1", "1_0", "1_1"] and {len(p) for p in frozen.groups.values()} == {50}
@@ -167,9 +172,11 @@ def test_frozen_sets(task, style):
         # an oracle of its own for what the group's prompts must say
         said = [set(re.findall(r"[\w-]+", p)) for p in prompts]
         t, p = map(int, group.split("_"))
-        others = {"utkface-gender-ethnicity": ("male", "female"), "celeba-young-male": ("older", "young")}
+        others = {"utkface-gender-ethnicity": ("male", "female"), "celeba-young-male": ("older", "young"), "toy-young-male": ("older", "young"),
+                  "toy-gender-tone": ("male", "female")}
         target = others.get(task, ("non-smiling", "smiling"))
-        protected = {"celeba-smiling-young": ("older", "young"), "utkface-gender-ethnicity": (None, "White")}.get(task, ("female", "male"))
+        protected = {"celeba-smiling-young": ("older", "young"), "utkface-gender-ethnicity": (None, "White"),
+                     "toy-smiling-young": ("older", "young"), "toy-gender-tone": (None, "light")}.get(task, ("female", "male"))
         assert all(target[t] in words and target[1 - t] not in words for words in said)
         assert all(protected[p] is None or protected[p] in words for words in said)
         assert all(protected[1 - p] is None or protected[1 - p] not in words for words in said)
