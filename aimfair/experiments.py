@@ -1926,7 +1926,7 @@ class _Bar:
     def __call__(self, seconds):
         self.done += 1
         self.bar.set_postfix_str(f"{self.done}/{self.count}", refresh=False)
-        self.bar.update(seconds)
+        self.bar.update(min(seconds, self.bar.total - self.bar.n))
 
     def __enter__(self):
         return self
@@ -2065,7 +2065,7 @@ def _own_kernel():
     with tempfile.TemporaryDirectory() as folder:
         kernel = Path(folder) / "kernels" / "aimfair" / "kernel.json"
         kernel.parent.mkdir(parents=True)
-        kernel.write_text(json.dumps({"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        kernel.write_text(json.dumps({"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"],
                                       "display_name": "aimfair", "language": "python"}))
         before = os.environ.get("JUPYTER_PATH")
         os.environ["JUPYTER_PATH"] = folder + (os.pathsep + before if before else "")

@@ -889,7 +889,8 @@ def plot_lines(
             for method in methods:
                 star = styles[method]["marker"] == "*"
                 ax.plot(range(len(places)), mean.loc[method, metric].reindex(places), markersize=10 if star else 6,
-                        linewidth=2.2 if star else 1.2, markeredgecolor="white", markeredgewidth=0.6, zorder=3 if star else 2, **styles[method])
+                        linewidth=2.2 if star else 1.2,
+                        markeredgecolor="white", markeredgewidth=0.6, zorder=3 if star else 2, **styles[method])
             ax.set_xticks(range(len(places)), list(map(str, places)))
             ax.set_title(_panel_title(metric), loc="left", fontsize=8.5)
             ax.set_xlabel(xlabel or x, fontsize=8.5)

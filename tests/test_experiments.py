@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -21,6 +22,7 @@ from aimfair.experiments import (
     Profile,
     Stage,
     Store,
+    Workbench,
     _run_jobs,
     about_synthetic,
     fingerprint,
@@ -312,7 +314,8 @@ class TestGenerated:
     "The bundled generator and frozen prompts in the place of drawn studio faces."
 
     def test_images_come_from_the_frozen_prompts_of_the_task(self, tmp_path):
-        small = GENERATED | {"synthetic.pool": 3, "synthetic.per_group": 2, "synthetic.held_out": 0, "data.protected": "Male", "synthetic.shards": 3}
+        small = GENERATED | {"synthetic.pool": 3, "synthetic.per_group": 2, "synthetic.held_out": 0, "data.protected": "Male",
+                             "synthetic.shards": 3}
         profile = load_profile("toy", small)
         prompts = prompts_of(profile)
         assert (prompts.task.name, prompts.style) == ("toy-smiling-male", "contextual-pose")
@@ -416,3 +419,51 @@ def test_real_faces_end_to_end_at_tiny_size(real_data, tmp_path):
     assert (len(images.train), len(images.val), len(images.test)) == (80, 1000, 3000)
     assert "standing in" in results.about()["generator"]
     assert os.path.isdir(Path(tmp_path) / "cache")
+
+
+@pytest.mark.slow
+def test_two_at_once_on_one_store_both_end_right(tmp_path):
+    second = tmp_path / "second"
+    both = [_reproduce(tmp_path), _reproduce(tmp_path, "--out", second / "out")]
+    errors = [p.communicate()[1] for p in both]
+    assert [p.returncode for p in both] == [0, 0], errors
+    assert _tables(tmp_path) == _tables(second) and len(_tables(second)) == 6
+    assert not list(tmp_path.glob("runs/*/*.partial"))
+
+
+@pytest.mark.slow
+def test_one_failed_experiment_is_named_and_the_others_are_done(tmp_path):
+    "With k = 1 the two rankings have no tensor in common, so the ablation over k cannot be run."
+    places = {"store": tmp_path / "runs", "out": tmp_path / "out"}
+    done = reproduce("toy", only=["ablation_top_k", "layer_sensitivity"], seeds=1, settings=TINY | {"mask.ks": "[1]"}, workers=1,
+                     progress=False, **places)
+    assert list(done.failed) == ["ablation_top_k"] and "mask.k=1 selects no tensor" in done.failed["ablation_top_k"]
+    assert (places["out"] / "layer_sensitivity.md").is_file() and not list(places["out"].glob("ablation_top_k*"))
+    page = done.report.read_text(encoding="utf-8")
+    assert "mask.k=1 selects no tensor" in page and "layer_sensitivity" in page
+
+
+@pytest.mark.slow
+def test_edits_for_diga_keep_the_target_and_go_on_where_they_were_stopped(tmp_path, monkeypatch):
+    from aimfair import baselines
+    profile = load_profile("toy", GENERATED | {"baselines.edits": 70, "baselines.edit_steps": 3})
+    whole, broken = (Workbench(profile, Store(tmp_path / name)) for name in ("whole", "broken"))
+    edited = whole.edited()
+    assert len(edited) == 140 and np.bincount(edited.protected).tolist() == [70, 70]
+    real = whole.images.train
+    chosen = np.random.default_rng(profile.synthetic.seed).permutation(len(real))[:70]
+    assert sorted(edited.target) == sorted([*real.target[chosen]] * 2)  # each face twice, its target as it was
+    calls, edit = [], baselines.edit_protected
+
+    def stops(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return edit(*args, **options)
+
+    monkeypatch.setattr(baselines, "edit_protected", stops)
+    with pytest.raises(KeyboardInterrupt):
+        broken.edited()
+    monkeypatch.setattr(baselines, "edit_protected", lambda *a, **k: calls.append(1) or edit(*a, **k))
+    again = broken.edited()
+    assert len(calls) == 3 and (again.gather(slice(None)) == edited.gather(slice(None))).all()
