@@ -144,9 +144,9 @@ class DataSettings(_Settings):
 
 class SyntheticSettings(_Settings):
     "The synthetic images, or what stands in for them."
-    kind: Literal["generated", "studio", "groups", "celeba"] = Field(
-        "generated", description="generated: by a text-to-image model; studio: drawn faces in the studio style; "
-                                 "groups: a folder T_P/*.png or a manifest; celeba: another CelebA folder")
+    kind: Literal["generated", "studio", "groups", "celeba", "rest"] = Field(
+        "generated", description="generated: by a text-to-image model; studio: drawn faces in the studio style; groups: a folder "
+                                 "T_P/*.png or a manifest; celeba: another CelebA folder; rest: training images that the biased set left")
     root: str = Field("", description="folder of groups or celeba; environment variables are expanded")
     generator: str = Field("", description="bundled, a diffusers pipeline folder, or a hub id; setting it makes the kind generated")
     prompts: str = Field("", description="a frozen task or a JSON file; empty: the task of data.target and data.protected")
@@ -319,6 +319,7 @@ ABOUT_SYNTHETIC = {
     "studio": "drawn faces in the studio style, standing in for a text-to-image model",
     "groups": "a folder of images by group",
     "celeba": "real CelebA images from another folder, standing in for generated ones",
+    "rest": "real images that the biased training set left over, standing in for generated ones",
 }
 
 
@@ -356,14 +357,23 @@ def real_table(
     drawn: Path | None = None,  # folder of the drawn world, for toy
 ) -> pd.DataFrame:  # face table with splits; the train part is the biased set
     "The real images of a profile, training set already biased by the paper's rule."
-    from aimfair.data import biased_split, celeba, utkface
-    if data.kind.endswith("utkface"):
-        table = utkface(drawn or _folder(data.root, "data.root"), target=data.target, protected=data.protected, seed=data.seed)
-    else:
-        table = celeba(drawn or _folder(data.root, "data.root"), target=data.target, protected=data.protected, available_only=True)
-        if not {"val", "test"} <= set(table.split):
-            table = split_in_order(table)
+    from aimfair.data import biased_split
+    table = _whole_table(data, drawn)
     return pd.concat([biased_split(table, n=data.n, bias=data.bias), table[table.split != "train"]], ignore_index=True)
+
+
+def _whole_table(data, drawn=None):
+    "All real images, with splits; read once for all variants."
+    return _read_table(data.kind, drawn or _folder(data.root, "data.root"), data.target, data.protected, data.seed)
+
+
+@lru_cache(maxsize=16)
+def _read_table(kind, root, target, protected, seed):
+    from aimfair.data import celeba, utkface
+    if kind.endswith("utkface"):
+        return utkface(root, target=target, protected=protected, seed=seed)
+    table = celeba(root, target=target, protected=protected, available_only=True)
+    return table if {"val", "test"} <= set(table.split) else split_in_order(table)
 
 
 def synthetic_table(
@@ -505,7 +515,8 @@ class Images:
 
     def jobs_of(self, name: str) -> list[Job]:
         "The jobs that make a set: `train`, `val`, `test` or `pool`."
-        return [job for kind, job in self.jobs.items() if (kind == "real") == (name != "pool")]
+        real = name != "pool" or self.profile.synthetic.kind == "rest"
+        return [job for kind, job in self.jobs.items() if (kind == "real") == real]
 
     @cached_property
     def real(self) -> pd.DataFrame:
@@ -517,6 +528,9 @@ class Images:
         "Face table of all synthetic images."
         data = self.profile.data
         made = [job.run(self.store) for job in self.jobs_of("pool")]
+        if self.profile.synthetic.kind == "rest":
+            table = _whole_table(data, *made)
+            return table[(table.split == "train") & ~table.id.isin(self.real.id)].drop(columns="split").reset_index(drop=True)
         return synthetic_table(self.profile.synthetic, data, made, exclude=self.real.id if data.kind == "celeba" else ())
 
     def table(self, name: str) -> pd.DataFrame:
@@ -547,14 +561,14 @@ class Images:
         data, makers = self.profile.data, tuple(job.stage for job in self.jobs_of(name))
         about = {"size": data.size, "target": data.target, "protected": data.protected}
         about |= {"held_out": self.profile.synthetic.held_out} if name == "pool" else {"set": name, "seed": data.seed}
-        about |= {"n": data.n, "bias": data.bias} if name == "train" else {}
+        about |= {"n": data.n, "bias": data.bias} if name == "train" or self.profile.synthetic.kind == "rest" else {}
         return Stage("images", about if makers else about | {"fingerprint": fingerprint(self.table(name))}, makers)
 
     def check(self) -> None:
         "Raises `ValueError` where the synthetic images can't fill a balanced set, as far as it can be known before they are made."
         s = self.profile.synthetic
         made = {g: s.pool - s.held_out for g in ("0_0", "0_1", "1_0", "1_1")}
-        if not self.jobs_of("pool"):
+        if s.kind not in ("generated", "studio"):
             made = {f"{t}_{p}": n for (t, p), n in self.table("pool").groupby(["target", "protected"]).size().items()}
         for group, n in made.items():
             if n < s.per_group:
@@ -954,7 +968,7 @@ def _no_utkface(p):
     other = p if _is_utkface(p) else changed(p, p.variants.get("UTKFace", {}))
     if not _is_utkface(other):
         return "the profile has no variant UTKFace"
-    return None if other.synthetic.kind in ("generated", "groups") else "there are no synthetic images by UTKFace's groups"
+    return None if other.synthetic.kind in ("generated", "groups", "rest") else "there are no synthetic images by UTKFace's groups"
 
 
 def _utkface_comparison(p):
@@ -1350,6 +1364,8 @@ def _synthetic_rows(profile):
         return [generator, _prompts_row(profile), _pool_row(profile)], folder
     if s.kind == "studio":
         return [_row("synthetic images", "ok", "drawn faces in the studio style, made on first use"), _pool_row(profile)], None
+    if s.kind == "rest":
+        return [_row("synthetic images", "ok", ABOUT_SYNTHETIC["rest"])], None
     try:
         return [_row("synthetic images", "ok", f"{ABOUT_SYNTHETIC[s.kind]}: {_folder(s.root, 'synthetic.root')}")], None
     except FileNotFoundError as e:
@@ -1657,32 +1673,41 @@ def _run_jobs(jobs, seconds, root, workers, advance):
     return failed
 
 # %% ../nbs/11_experiments.ipynb #e0d682f8
-def _open(profile, cases, store):
-    "Workbenches of some cases, by their settings."
-    return {json.dumps(c.settings, sort_keys=True): Workbench(changed(profile, c.settings), store) for c in cases}
-
-
-def _goals(bench, case, seed):
-    "The jobs that a case ends in."
-    return [bench.predictions(case.method, seed)] if case.method else list(bench.images.jobs.values())
-
-
 class Plan:
     "What some experiments need, what of it is there, and how long the rest may take."
     def __init__(self, profile: Profile, cases: dict[str, list[Case]], seeds: list[int], store: Store):
         self.profile, self.cases, self.seeds, self.store = profile, cases, seeds, store
-        self.benches = _open(profile, [c for part in cases.values() for c in part], store)
-        for bench in self.benches.values():
-            bench.images.check()
-        self.goals = {name: {j.stage.hash: j for c in part for seed in (seeds if c.method else seeds[:1])
-                             for j in _goals(self.bench(c), c, seed)} for name, part in cases.items()}
+        _read_table.cache_clear()  # folders may have changed
+        self.benches: dict[str, Workbench] = {}
+        if "{}" in {json.dumps(c.settings) for part in cases.values() for c in part}:
+            self.bench(Case(""))  # what the profile itself lacks, every experiment lacks
+        self.goals, self.impossible = {}, {}
+        for name, part in cases.items():
+            try:
+                self.goals[name] = {j.stage.hash: j for c in part for seed in (seeds if c.method else seeds[:1])
+                                    for j in self._goals(c, seed)}
+            except (ValueError, FileNotFoundError) as e:
+                self.impossible[name] = e
+        if not self.goals:
+            raise next(iter(self.impossible.values()))
         first = {h: j for part in self.goals.values() for h, j in part.items()}
         self.jobs = self._reach(first, lambda job: True)  # all, by hash
         self.missing = self._reach(first, lambda job: not store.has(job.stage))  # those that have to be made
 
     def bench(self, case: Case) -> "Workbench":
-        "The workbench of a case."
-        return self.benches[json.dumps(case.settings, sort_keys=True)]
+        "The workbench of a case. Raises `ValueError` where there are too few images for it."
+        key = json.dumps(case.settings, sort_keys=True)
+        if key not in self.benches:
+            bench = Workbench(changed(self.profile, case.settings), self.store)
+            bench.images.stage("train")
+            bench.images.check()
+            self.benches[key] = bench
+        return self.benches[key]
+
+    def _goals(self, case, seed):
+        "The jobs that a case ends in."
+        bench = self.bench(case)
+        return [bench.predictions(case.method, seed)] if case.method else list(bench.images.jobs.values())
 
     @staticmethod
     def _reach(jobs, wanted):
@@ -1734,7 +1759,8 @@ class Plan:
     def __str__(self):
         workers = _workers(None, self.profile.run.threads)
         lines = [self.summary(workers), "", self.table().to_string(), "(minutes of one process)", ""]
-        return "\n".join([*lines, *(f"{name:26}{len(part):3} cases" for name, part in self.cases.items())])
+        return "\n".join([*lines, *(f"{name:26}{len(part):3} cases" + (f": cannot be done: {self.impossible[name]}" if name in self.impossible else "")
+                                    for name, part in self.cases.items())])
 
     __repr__ = __str__
 
@@ -2164,8 +2190,8 @@ def reproduce(
     count, expected = len(plan.missing) + len(plan.cases), sum(plan.seconds.values()) + _NOTEBOOK * len(plan.cases)
     with _Bar(expected, count, progress) as bar:
         errors = _run_jobs(plan.missing, plan.seconds, str(store), workers, bar)
-        for n, goals in plan.goals.items():
-            if lost := [errors[h] for h in goals if h in errors]:
+        for n in plan.cases:
+            if lost := [plan.impossible[n]] if n in plan.impossible else [errors[h] for h in plan.goals[n] if h in errors]:
                 done.failed[n] = " ".join(str(lost[0]).split()) or type(lost[0]).__name__
         parameters = {"profile": str(profile), "settings": dict(settings or {}), "seeds": seeds, "store": str(store), "out": str(out),
                       "aggregation": aggregation}

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 from aimfair.experiments import (
+    EXPERIMENTS,
     METHODS,
     STRATEGIES,
     Images,
@@ -467,3 +468,25 @@ def test_edits_for_diga_keep_the_target_and_go_on_where_they_were_stopped(tmp_pa
     monkeypatch.setattr(baselines, "edit_protected", lambda *a, **k: calls.append(1) or edit(*a, **k))
     again = broken.edited()
     assert len(calls) == 3 and (again.gather(slice(None)) == edited.gather(slice(None))).all()
+
+
+@pytest.mark.slow
+def test_every_experiment_by_one_command(tmp_path):
+    "All notebooks on a tiny world, with the bundled generator: every file is there, nothing failed, and again nothing is computed."
+    command = [sys.executable, "-m", "aimfair.cli", "reproduce", "--profile", Path(__file__).with_name("tiny.toml"),
+               "--store", tmp_path / "runs", "--out", tmp_path / "out"]
+    first = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert "94 models for 130 table rows" in first.stderr and "left out" not in first.stdout
+    out = tmp_path / "out"
+    page = (out / "report.html").read_text(encoding="utf-8")
+    for name, experiment in EXPERIMENTS.items():
+        for suffix in ("csv", "md", "tex"):
+            assert (out / f"{name}.{suffix}").stat().st_size, name
+        assert list(out.glob(f"{name}*.png")) and list(out.glob(f"{name}*.pdf")), name
+        notebook = json.loads((out / "notebooks" / f"{name}.ipynb").read_text())
+        assert not [o for c in notebook["cells"] for o in c.get("outputs", []) if o["output_type"] in ("error", "stream")], name
+        assert experiment.title.split()[0] in page
+    before = _tables(tmp_path)
+    again = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert again.returncode == 0 and "nothing to compute" in again.stderr and _tables(tmp_path) == before
