@@ -17,7 +17,7 @@ EXPERIMENTS = [path for path in NOTEBOOKS if path.parent.name == "experiments"]
 MODULES = sorted(path for path in (ROOT / "aimfair").glob("*.py") if not path.stem.startswith("_"))
 # in the order the data flow: a module imports only modules to its left
 ORDER = (
-    "metrics data toyfaces prompts t2i synthesis training sensitivity finetuning baselines pipeline experiments report cli"
+    "metrics data toyfaces prompts t2i synthesis training sensitivity finetuning baselines pipeline report experiments cli"
 ).split()
 
 MACHINE_PATH = re.compile(r"(?<![\w.:/<-])/(?:home|root|tmp|work|Users|private|opt|mnt|srv|var)/[\w.]|\b[A-Z]:\\\\?Users\b")

@@ -172,7 +172,8 @@ def test_frozen_sets(task, style):
         # an oracle of its own for what the group's prompts must say
         said = [set(re.findall(r"[\w-]+", p)) for p in prompts]
         t, p = map(int, group.split("_"))
-        others = {"utkface-gender-ethnicity": ("male", "female"), "celeba-young-male": ("older", "young"), "toy-young-male": ("older", "young"),
+        others = {"utkface-gender-ethnicity": ("male", "female"), "celeba-young-male": ("older", "young"),
+                  "toy-young-male": ("older", "young"),
                   "toy-gender-tone": ("male", "female")}
         target = others.get(task, ("non-smiling", "smiling"))
         protected = {"celeba-smiling-young": ("older", "young"), "utkface-gender-ethnicity": (None, "White"),
