@@ -826,6 +826,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'aimfair.report._without_paths': ('report.html#_without_paths', 'aimfair/report.py'),
                                 'aimfair.report._write_aside': ('report.html#_write_aside', 'aimfair/report.py'),
                                 'aimfair.report.best_sentence': ('report.html#best_sentence', 'aimfair/report.py'),
+                                'aimfair.report.check_claims': ('report.html#check_claims', 'aimfair/report.py'),
                                 'aimfair.report.compare': ('report.html#compare', 'aimfair/report.py'),
                                 'aimfair.report.hardware': ('report.html#hardware', 'aimfair/report.py'),
                                 'aimfair.report.method_styles': ('report.html#method_styles', 'aimfair/report.py'),

@@ -26,9 +26,9 @@ from .metrics import fairness_report
 # %% auto #0
 __all__ = ['HIGHER_IS_BETTER', 'METRICS', 'per_seed', 'summarize', 'compare', 'sentence', 'best_sentence', 'span_sentence',
            'Cell', 'write_csv', 'table_note', 'ResultTable', 'DifferenceTable', 'VariantTable', 'PlainTable',
-           'method_styles', 'write_figure', 'plot_strategies', 'plot_tradeoff', 'plot_variants', 'plot_rows',
-           'plot_curve', 'plot_lines', 'plot_groups', 'plot_layers', 'plot_samples', 'Section', 'package_versions',
-           'hardware', 'write_html_report']
+           'check_claims', 'method_styles', 'write_figure', 'plot_strategies', 'plot_tradeoff', 'plot_variants',
+           'plot_rows', 'plot_curve', 'plot_lines', 'plot_groups', 'plot_layers', 'plot_samples', 'Section',
+           'package_versions', 'hardware', 'write_html_report']
 
 # %% ../nbs/11_report.ipynb #7cbd4ea1
 HIGHER_IS_BETTER = {"ACC": True, "WST": True, "EO": False, "STD": False}
@@ -475,6 +475,17 @@ class PlainTable(_Table):
         "What the table shows, row by row."
         columns = [list(map(self._cell, self.frame[c])) for c in self.frame]
         return [(str(name), list(row)) for name, row in zip(self.frame.index, zip(*columns, strict=True), strict=True)]
+
+# %% ../nbs/11_report.ipynb #eda96cf4
+def check_claims(
+    per_seed: pd.DataFrame,  # scores in percent, indexed (method, seed)
+    claims: dict,  # {claim: a function of a frame of scores by method, which tells whether it holds}
+) -> pd.DataFrame:  # a row a claim: whether it holds of the means over seeds, in how many seeds, of how many
+    "Whether claims come true, by the means and seed by seed."
+    seeds = {s: part.droplevel("seed") for s, part in per_seed.groupby(level="seed", sort=False)}
+    mean = per_seed.groupby(level="method", sort=False).mean()
+    rows = {name: (bool(test(mean)), sum(bool(test(part)) for part in seeds.values()), len(seeds)) for name, test in claims.items()}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["by the means", "in seeds", "of"]).rename_axis("Claim")
 
 # %% ../nbs/11_report.ipynb #78946310
 _OKABE_ITO = {"black": "#000000", "orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73", "blue": "#0072B2", "red": "#D55E00",
