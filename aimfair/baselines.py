@@ -245,7 +245,7 @@ class LearningFromFailure(nn.Module):
     ):
         super().__init__()
         self.biased, self.debiased, self.q, self.decay = copy.deepcopy(model), copy.deepcopy(model), q, decay
-        self.register_buffer("target", torch.from_numpy(np.asarray(target, np.int64)))
+        self.register_buffer("target", torch.tensor(np.asarray(target, np.int64)))
         self.register_buffer("averages", torch.zeros(2, len(target)))  # biased, debiased
         self.register_buffer("visited", torch.zeros(len(target), dtype=torch.bool))
 

@@ -187,14 +187,14 @@ class MaskSettings(_Settings):
     k: int | None = Field(None, ge=1, description="tensors kept by each ranking; none: the paper's share, 55 of 62")
     ks: tuple[int, ...] | None = Field(
         None, description="values of k to compare and to choose from; none: 35, 40, ... 60 of 62, or the same shares")
-    bias: float | None = Field(None, gt=0, le=1, description="minority : majority of D_S1; none: that of the training set")
-    n: int | None = Field(None, ge=4, description="images of D_S1 at most; none: as many as the training set has")
+    synthetic_bias: float | None = Field(None, gt=0, le=1, description="minority : majority of D_S1; none: that of the training set")
+    synthetic_n: int | None = Field(None, ge=4, description="images of D_S1 at most; none: as many as the training set has")
     batch_size: int = Field(128, ge=2, description="images in a mini-batch of the gradient passes")
     passes: int = Field(1, ge=1, description="augmented passes over each set; the paper takes one")
 
-    _none = field_validator("k", "ks", "n", mode="before")(_or_none)
+    _none = field_validator("k", "ks", "synthetic_n", mode="before")(_or_none)
 
-    @field_validator("bias", mode="before")
+    @field_validator("synthetic_bias", mode="before")
     @classmethod
     def _fraction(cls, value):
         return parse_ratio(_or_none(value))
@@ -584,11 +584,11 @@ class Images:
         return take_groups(self.pool, dict.fromkeys(group_sizes(self.pool), self.profile.synthetic.per_group))
 
     def biased(self):  # Faces
-        "The largest set with the bias of the training set (or `mask.bias`), and not larger than it (or `mask.n`), D_S1."
+        "The largest set with the bias of the training set (or `mask.synthetic_bias`), and not larger than it (or `mask.synthetic_n`), D_S1."
         from aimfair.sensitivity import biased_counts, group_sizes, take_groups
         have, mask, data = group_sizes(self.pool), self.profile.mask, self.profile.data
-        bias = mask.bias or data.bias
-        n = int(min(mask.n or data.n, min(have[g] * 2 * (1 + bias) / (1 if g[0] != g[1] else bias) for g in have)))
+        bias = mask.synthetic_bias or data.bias
+        n = int(min(mask.synthetic_n or data.n, min(have[g] * 2 * (1 + bias) / (1 if g[0] != g[1] else bias) for g in have)))
         return take_groups(self.pool, biased_counts(n - n % 2, bias))
 
     def training_set(self, name: str):  # Faces
@@ -799,7 +799,7 @@ class Workbench:
         n, sets = {"real": (p.data.n, "train"), "synthetic_biased": (sizes["synthetic biased"], "pool"),
                    "synthetic_balanced": (sizes["synthetic"], "pool")}[which]
         if which == "synthetic_biased":
-            about |= {"bias": p.mask.bias or p.data.bias, "n": p.mask.n or p.data.n}
+            about |= {"bias": p.mask.synthetic_bias or p.data.bias, "n": p.mask.synthetic_n or p.data.n}
         if which == "synthetic_balanced":
             about |= {"per_group": p.synthetic.per_group}
         return self._job("gradients", about, make, needs=(biased_model,), sets=(sets,), cost=3 * n * p.mask.passes,
@@ -998,7 +998,7 @@ def _top_k(p):
 
 
 def _bias_ratio(p):
-    return _rows(["ERM"]) + [Case(f"{a} : {10 - a}", "AIM-Fair", settings={"mask.bias": a / (10 - a)}, x=a / 10) for a in (1, 2, 3, 4)]
+    return _rows(["ERM"]) + [Case(f"{a} : {10 - a}", "AIM-Fair", settings={"mask.synthetic_bias": a / (10 - a)}, x=a / 10) for a in (1, 2, 3, 4)]
 
 
 def _synthetic_ratio(p):
@@ -1056,7 +1056,7 @@ def set_sizes(profile: Profile) -> dict[str, int]:  # images by name of the set
     largest, balanced = max(real.values()), len(real) * s.per_group
     fill = sum(min(largest - n, s.pool - s.held_out) for n in real.values())
     return {"real": data.n, "synthetic": balanced, "real+synthetic": data.n + balanced, "repaired": data.n + fill,
-            "synthetic biased": min(profile.mask.n or data.n, int(2 * (s.pool - s.held_out) * (1 + (profile.mask.bias or data.bias))))}
+            "synthetic biased": min(profile.mask.synthetic_n or data.n, int(2 * (s.pool - s.held_out) * (1 + (profile.mask.synthetic_bias or data.bias))))}
 
 
 def _trained(methods):
@@ -1088,7 +1088,7 @@ def _counts(profile, methods, seen, n_val, n_test):
         key = (what, name, real, synthetic if stage == "finetune" or what not in ("real", *COMPARISON) else "", mask if name else "")
         add(stage, key, 1, config.epochs * n, config.epochs * n_val)
     if any(METHODS[m].strategy == "selective" for m in methods):
-        bias = (mask.bias or real.bias, mask.n or real.n)
+        bias = (mask.synthetic_bias or real.bias, mask.synthetic_n or real.n)
         for key, n in ((("real",), sizes["real"]), ((synthetic, bias), sizes["synthetic biased"]), ((synthetic,), sizes["synthetic"])):
             add("gradients", (real, *key), 0, n * profile.mask.passes, 0)
     for m in methods:
