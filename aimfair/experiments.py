@@ -584,7 +584,7 @@ class Images:
         return take_groups(self.pool, dict.fromkeys(group_sizes(self.pool), self.profile.synthetic.per_group))
 
     def biased(self):  # Faces
-        "The largest set with the bias of the training set (or `mask.synthetic_bias`), and not larger than it (or `mask.synthetic_n`), D_S1."
+        "The largest set with the bias of the training set, and not larger than it, unless the mask's settings say otherwise; D_S1."
         from aimfair.sensitivity import biased_counts, group_sizes, take_groups
         have, mask, data = group_sizes(self.pool), self.profile.mask, self.profile.data
         bias = mask.synthetic_bias or data.bias
@@ -998,7 +998,8 @@ def _top_k(p):
 
 
 def _bias_ratio(p):
-    return _rows(["ERM"]) + [Case(f"{a} : {10 - a}", "AIM-Fair", settings={"mask.synthetic_bias": a / (10 - a)}, x=a / 10) for a in (1, 2, 3, 4)]
+    return _rows(["ERM"]) + [Case(f"{a} : {10 - a}", "AIM-Fair", settings={"mask.synthetic_bias": a / (10 - a)}, x=a / 10)
+                             for a in (1, 2, 3, 4)]
 
 
 def _synthetic_ratio(p):
@@ -1055,8 +1056,9 @@ def set_sizes(profile: Profile) -> dict[str, int]:  # images by name of the set
     real = biased_counts(data.n, data.bias)
     largest, balanced = max(real.values()), len(real) * s.per_group
     fill = sum(min(largest - n, s.pool - s.held_out) for n in real.values())
+    most = int(2 * (s.pool - s.held_out) * (1 + (profile.mask.synthetic_bias or data.bias)))
     return {"real": data.n, "synthetic": balanced, "real+synthetic": data.n + balanced, "repaired": data.n + fill,
-            "synthetic biased": min(profile.mask.synthetic_n or data.n, int(2 * (s.pool - s.held_out) * (1 + (profile.mask.synthetic_bias or data.bias))))}
+            "synthetic biased": min(profile.mask.synthetic_n or data.n, most)}
 
 
 def _trained(methods):
