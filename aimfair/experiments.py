@@ -103,7 +103,7 @@ def status(
     if not root.is_dir():
         raise FileNotFoundError(f"no artifact store at {root}; `aimfair reproduce` makes one")
     rows = []
-    for about in sorted(p for p in root.glob("*/*") if p.is_dir() and p.parent.name not in ("cache", "notebooks")):
+    for about in sorted(p for p in root.glob("*/*") if p.suffix == ".partial" or (p / "artifact.json").is_file()):
         done = about / "artifact.json"
         info = json.loads(done.read_text()) if done.is_file() else {}
         size = sum(f.stat().st_size for f in about.rglob("*") if f.is_file()) / 1e6
