@@ -1648,22 +1648,18 @@ def _urgency(jobs, seconds):
 
 def _run_jobs(jobs, seconds, root, workers, advance):
     "Run jobs as their needs are met, the most urgent first; {hash: error} of those that failed or wait for one that did."
-    waiting, failed, out, urgency = dict(jobs), {}, set(), _urgency(jobs, seconds)
+    waiting, failed, urgency = dict(jobs), {}, _urgency(jobs, seconds)
     pool = _Pool(min(workers, len(jobs))) if workers > 1 and jobs else None
+    running = pool.running if pool else {}
     try:
-        while waiting or (pool and pool.running):
-            open_ = {*waiting, *(pool.running.values() if pool else ())}
-            ready = sorted((j for h, j in waiting.items() if h not in out and not any(n.stage.hash in open_ for n in j.needs)),
-                           key=lambda j: -urgency[j.stage.hash])
-            finished = (pool or _run_here)(ready, root)
-            out |= set(pool.running.values()) if pool else set()
-            for hash, error in finished.items():
-                if hash in waiting:
-                    del waiting[hash]
-                if error is not None:
-                    failed[hash] = error
+        while waiting or running:
+            open_ = {*waiting, *running.values()}
+            ready = [j for j in waiting.values() if not any(n.stage.hash in open_ for n in j.needs)]
+            finished = (pool or _run_here)(sorted(ready, key=lambda j: -urgency[j.stage.hash]), root)
+            waiting = {h: j for h, j in waiting.items() if h not in finished and h not in running.values()}
+            failed |= {h: error for h, error in finished.items() if error is not None}
+            for hash in finished:
                 advance(seconds[hash])
-            waiting = {h: j for h, j in waiting.items() if not (pool and h in pool.running.values())}
             while lost := {h: failed[n.stage.hash] for h, j in waiting.items() for n in j.needs if n.stage.hash in failed}:
                 failed |= lost
                 waiting = {h: j for h, j in waiting.items() if h not in lost}

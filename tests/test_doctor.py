@@ -295,9 +295,9 @@ def test_a_dry_run_of_the_paper_at_tiny_size(tmp_path):
     paper, tiny = settings_of(load_profile("paper")), settings_of(load_profile("paper", settings))
     assert {k for k in paper if paper[k] != tiny[k]} == set(settings)
 
-    before = diagnose("paper", settings=settings, store=tmp_path / "runs")
-    assert before.ok, before
     methods = ["ERM", "Full fine-tuning", "AIM-Fair"]
+    before = diagnose("paper", settings=settings, store=tmp_path / "runs", methods=methods)
+    assert before.ok, before
     done = run("paper", methods, settings=settings, seeds=1, workers=1, store=tmp_path / "runs", progress=False)
     counts = done.predictions.groupby(["method", "seed"]).size()
     assert counts.to_dict() == {(m, 100): 60 for m in methods}

@@ -171,7 +171,7 @@ class TestRun:
     def test_another_k_reuses_all_but_what_depends_on_it(self, tiny):
         _, store = tiny
         before = status(store).stage.value_counts()
-        run("toy", seeds=1, settings=TINY | {"mask.k": 50}, store=store, workers=1, progress=False)
+        run("toy", seeds=1, settings=TINY | {"mask.k": 45}, store=store, workers=1, progress=False)
         grown = status(store).stage.value_counts() - before
         assert grown.to_dict() == {"faces": 0, "finetune": 1, "gradients": 0, "predictions": 1, "train": 0}
 
@@ -374,7 +374,7 @@ def test_kill_nine_at_five_random_moments_changes_no_byte(tmp_path):
     process = _reproduce(broken)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert _tables(broken) == _tables(whole) and len(_tables(whole)) == 6
+    assert _tables(broken) == _tables(whole) and len(_tables(whole)) == 9
 
 
 @pytest.mark.slow
@@ -428,7 +428,7 @@ def test_two_at_once_on_one_store_both_end_right(tmp_path):
     both = [_reproduce(tmp_path), _reproduce(tmp_path, "--out", second / "out")]
     errors = [p.communicate()[1] for p in both]
     assert [p.returncode for p in both] == [0, 0], errors
-    assert _tables(tmp_path) == _tables(second) and len(_tables(second)) == 6
+    assert _tables(tmp_path) == _tables(second) and len(_tables(second)) == 9
     assert not list(tmp_path.glob("runs/*/*.partial"))
 
 
