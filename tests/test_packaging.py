@@ -181,8 +181,8 @@ class TestInstalledWheel:
 
     def test_reproduce_outside_the_checkout(self, installed, tmp_path):
         "The whole way at tiny size: faces, models, gradients, table, figure and executed notebook."
-        tiny = ("data.n=80 data.n_train=200 data.n_val=40 data.n_test=80 synthetic.pool=40 synthetic.per_group=20 synthetic.held_out=0 train.epochs=1 "
-                "train.batch_size=16 finetune.epochs=1 finetune.batch_size=16 mask.batch_size=16").split()
+        tiny = ("data.n=80 data.n_train=200 data.n_val=40 data.n_test=80 synthetic.pool=40 synthetic.per_group=20 synthetic.held_out=0 "
+                "train.epochs=1 train.batch_size=16 finetune.epochs=1 finetune.batch_size=16 mask.batch_size=16").split()
         settings = [word for setting in tiny for word in ("--set", setting)]
         run(installed / "aimfair", "reproduce", "--only", "finetuning_strategies", "--seeds", "1", "--out", "out", *settings, cwd=tmp_path)
         names = {path.name for path in (tmp_path / "out").rglob("*.*")}
