@@ -231,11 +231,8 @@ def status(
     values = parse_settings(settings or [])
     from aimfair import experiments
 
-    place = [store] if store else []
-    if why:
-        frame = experiments.why(profile, only or None, seeds=seeds, settings=values, store=store or "runs")
-    else:
-        frame = experiments.status(*place)
+    store = store or "runs"
+    frame = experiments.why(profile, only or None, seeds=seeds, settings=values, store=store) if why else experiments.status(store)
     numbered = list(frame.index) == list(range(len(frame)))
     typer.echo(frame.to_string(index=not numbered) if len(frame) else "the store is empty")
 

@@ -437,6 +437,12 @@ def _generator(settings):
     folder = asset("generator") if name == "bundled" else Path(name).expanduser()
     if not folder.is_dir():
         return name, name
+    return name if name == "bundled" else str(folder), _weights_digest(folder)
+
+
+@lru_cache(maxsize=8)
+def _weights_digest(folder):
+    "Identifies a generator's weights; read once for all jobs, as they may be gigabytes."
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".bin", ".txt") and "training" not in p.parts)
     digest = hashlib.sha256()
     for p in files:
@@ -444,7 +450,7 @@ def _generator(settings):
         with open(p, "rb") as f:
             while block := f.read(1 << 24):
                 digest.update(block)
-    return name if name == "bundled" else str(folder), digest.hexdigest()[:16]
+    return digest.hexdigest()[:16]
 
 
 def _synthesis_jobs(profile):
@@ -652,6 +658,10 @@ def tensors(model: ModelSettings) -> int:
     return len(list(create_model(model.name).parameters()))
 
 
+def _ks(profile):
+    return profile.mask.ks or tuple(round(k * tensors(profile.model) / 62) for k in (35, 40, 45, 50, 55, 60))
+
+
 _GRADIENTS = ("real", "synthetic_biased", "synthetic_balanced")
 
 
@@ -857,7 +867,7 @@ class Workbench:
 
     def ks(self) -> tuple[int, ...]:
         "Values of k to compare and to choose from."
-        return self.profile.mask.ks or tuple(round(k * tensors(self.profile.model) / 62) for k in (35, 40, 45, 50, 55, 60))
+        return _ks(self.profile)
 
     @property
     def k(self) -> int:
@@ -976,25 +986,24 @@ def _utkface_comparison(p):
     return _rows(COMPARISON, settings={} if _is_utkface(p) else p.variants.get("UTKFace"))
 
 
-def _prompt_strategies(p):
-    def settings(style):
-        return ({} if style == p.synthetic.style else {"synthetic.style": style}) | p.variants.get(style, {})
+def _of_style(p, style):
+    "Settings over the profile for a style of prompts."
+    return ({} if style == p.synthetic.style else {"synthetic.style": style}) | p.variants.get(style, {})
 
+
+def _prompt_strategies(p):
     tuned = (("", "AIM-Fair"), (" (full fine-tuning)", "Full fine-tuning"))
-    return _rows(["ERM"]) + [Case(name + more, m, "", settings(style)) for more, m in tuned for name, style in STYLES.items()]
+    return _rows(["ERM"]) + [Case(name + more, m, "", _of_style(p, style)) for more, m in tuned for name, style in STYLES.items()]
 
 
 def _gallery(p):
-    styles = (style for style in STYLES.values())
-    return [Case(style, variant=style, settings=({} if style == p.synthetic.style else {"synthetic.style": style})
-                 | {k: v for k, v in p.variants.get(style, {}).items() if k.startswith("synthetic.")}) for style in styles]
+    return [Case(style, variant=style, settings={k: v for k, v in _of_style(p, style).items() if k.startswith("synthetic.")})
+            for style in STYLES.values()]
 
 
 def _top_k(p):
-    n = tensors(p.model)
-    ks = p.mask.ks or tuple(round(k * n / 62) for k in (35, 40, 45, 50, 55, 60))
-    return [Case("ERM", "ERM", x=0), *(Case(f"k = {k}", "AIM-Fair", settings={"mask.k": k}, x=k) for k in ks),
-            Case("Full fine-tuning", "Full fine-tuning", x=n), Case("k chosen", "AIM-Fair, k chosen")]
+    return [Case("ERM", "ERM", x=0), *(Case(f"k = {k}", "AIM-Fair", settings={"mask.k": k}, x=k) for k in _ks(p)),
+            Case("Full fine-tuning", "Full fine-tuning", x=tensors(p.model)), Case("k chosen", "AIM-Fair, k chosen")]
 
 
 def _bias_ratio(p):
@@ -1676,7 +1685,8 @@ class Plan:
     "What some experiments need, what of it is there, and how long the rest may take."
     def __init__(self, profile: Profile, cases: dict[str, list[Case]], seeds: list[int], store: Store):
         self.profile, self.cases, self.seeds, self.store = profile, cases, seeds, store
-        _read_table.cache_clear()  # folders may have changed
+        for cached in (_read_table, _weights_digest, _image_jobs):  # folders may have changed
+            cached.cache_clear()
         self.benches: dict[str, Workbench] = {}
         if "{}" in {json.dumps(c.settings) for part in cases.values() for c in part}:
             self.bench(Case(""))  # what the profile itself lacks, every experiment lacks
