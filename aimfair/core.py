@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DataError', 'DataWarning', 'one_line', 'listed', 'did_you_mean', 'unknown', 'SettingsError', 'Settings',
-           'read_settings', 'whole_file', 'write_whole', 'put_in_place', 'whole_folder', 'read_lines', 'append_lines',
-           'digest', 'file_digest', 'asset', 'cores', 'in_words', 'shown_figure']
+           'read_settings', 'parse_ratio', 'whole_file', 'write_whole', 'put_in_place', 'whole_folder', 'read_lines',
+           'append_lines', 'digest', 'file_digest', 'asset', 'cores', 'in_words', 'shown_figure']
 
 # %% ../nbs/00_core.ipynb #cde4601d
 import difflib
@@ -130,6 +130,19 @@ def _toml():
     except ModuleNotFoundError:  # Python 3.10
         import tomli as tomllib
     return tomllib
+
+# %% ../nbs/00_core.ipynb #909fad1c
+def parse_ratio(
+    value: str | float,  # 0.5, "0.5", "1/2" or "1:2"
+) -> float:
+    "A number that may be written as a ratio. Raises `ValueError`."
+    if not isinstance(value, str):
+        return value
+    above, _, below = value.replace(":", "/").partition("/")
+    try:
+        return float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{value!r} is not a ratio such as 1/9 or 0.111") from None
 
 # %% ../nbs/00_core.ipynb #4f2f73ab
 @contextmanager
