@@ -1,9 +1,9 @@
 """aimfair.data: every format and fault that a notebook cell does not show."""
 import json
 import os
-import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from unittest.mock import patch
@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from faults import kill_when
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,16 +25,21 @@ from aimfair.data import (
     Faces,
     batches,
     biased_split,
+    cache_folder,
     celeba,
+    celeba_attributes,
+    faces_table,
     folder,
     group_counts,
-    holdout,
     image_groups,
+    is_celeba,
     load_faces,
     normalize,
+    on_disk,
     utkface,
     write_split,
 )
+from aimfair.data.batching import crop_boxes
 
 NAMES = ["Male", "Smiling", "Young"]
 
@@ -129,7 +135,7 @@ def edited(file, change):
     (lambda t: "\n".join(t.splitlines()[:4]) + "\n000003.jpg  1\n", ["000003.jpg"]),
     (lambda t: "", ["first line is empty"]),
     (lambda t: "\n".join(t.splitlines()[:2]), ["no rows"]),
-    (lambda t: t.replace("Male", "Mail"), ["no attribute 'Male'", "Mail", "choices"]),
+    (lambda t: t.replace("Male", "Mail"), ["no attribute 'Male'; did you mean Mail?", "there are Mail, Smiling, Young"]),
 ])
 @pytest.mark.filterwarnings("ignore::aimfair.data.DataWarning")
 def test_broken_attribute_lists_are_named(tmp_path, change, words):
@@ -178,6 +184,27 @@ def test_available_only(tmp_path):
     assert celeba(tmp_path, available_only=True)["id"].tolist() == [f"{i:06d}.jpg" for i in (1, 3, 4, 5)]
 
 
+def test_on_disk(tmp_path):
+    write_celeba(tmp_path, labels(8))
+    write_images(tmp_path / "img_align_celeba", 3, ".jpg")
+    table = celeba(tmp_path)
+    assert on_disk(table)["id"].tolist() == ["000001.jpg", "000002.jpg", "000003.jpg"] and on_disk(table).attrs == table.attrs
+    (tmp_path / "img_align_celeba").rename(tmp_path / "elsewhere")
+    assert len(on_disk(table)) == 0 and list(on_disk(table)) == list(table)
+
+
+def test_celeba_attributes(tmp_path):
+    assert not is_celeba(tmp_path)
+    values = labels(8)
+    ids, _ = write_celeba(tmp_path, values)
+    assert is_celeba(tmp_path)
+    frame = celeba_attributes(tmp_path)
+    assert list(frame) == NAMES and frame.index.tolist() == ids and np.array_equal(frame, values)
+    assert list(celeba_attributes(tmp_path, ["Young", "Male"])) == ["Young", "Male"]
+    with pytest.raises(DataError, match="no attribute 'Bald'"):
+        celeba_attributes(tmp_path, ["Bald"])
+
+
 @settings(max_examples=30, deadline=None)
 @given(values=st.lists(st.tuples(*[st.integers(0, 1)] * 3), min_size=1, max_size=20), style=st.sampled_from(["text", "csv"]),
        ends=st.sampled_from(["\n", "\r\n"]), words=st.sampled_from([("-1", "1"), ("0", "1"), ("False", "True")]))
@@ -222,6 +249,18 @@ def test_utkface_split_keeps_its_sides(tmp_path):
     after = utkface(tmp_path).set_index("id")["split"]
     assert (before[after.index] == after).all() and set(before) == {"train", "val", "test"}
     assert (utkface(tmp_path, seed=1).set_index("id")["split"] != after).any()
+
+
+@pytest.mark.filterwarnings("ignore::aimfair.data.DataWarning")
+def test_utkface_from_names_alone_reads_no_file(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{20 + i}_{i % 2}_{i}_{i}.jpg").write_bytes(b"the same")
+    assert len(utkface(tmp_path)) == 1
+    with patch.object(Path, "read_bytes", side_effect=AssertionError("a file was read")):
+        table = utkface(tmp_path, find_copies=False)
+    assert table["id"].tolist() == ["20_0_0_0.jpg", "21_1_1_1.jpg", "22_0_2_2.jpg"] and table.attrs["copies"] == []
+    one = utkface(tmp_path)
+    assert one.equals(table[:1])
 
 
 def test_utkface_errors(tmp_path):
@@ -296,6 +335,46 @@ def test_manifest(tmp_path, kind):
         image_groups(tmp_path)
 
 
+def test_faces_table_takes_what_there_is(tmp_path):
+    for name in ("0", "1", "10", "2"):
+        write_images(tmp_path / "targets" / name, 2)
+    (tmp_path / "targets" / "0_1").touch()  # a file, no group
+    assert faces_table(tmp_path / "targets", groups=True)["target"].tolist() == [0, 0, 1, 1, 2, 2, 10, 10]
+    for name in ("0_1", "1_0"):
+        write_images(tmp_path / "groups" / name, 2, ".webp")
+    table = faces_table(tmp_path / "groups", groups=True)
+    assert table["protected"].tolist() == [1, 1, 0, 0] and on_disk(table).equals(table)
+    assert "protected" not in faces_table(tmp_path / "groups", groups=False)
+    pd.DataFrame({"file": ["0_1/000001.webp"], "target": [1], "protected": [0]}).to_csv(tmp_path / "groups" / "manifest.csv", index=False)
+    for source in (tmp_path / "groups", tmp_path / "groups" / "manifest.csv"):
+        assert faces_table(source, groups=True)["id"].tolist() == ["0_1/000001.webp"]
+    pd.DataFrame({"image_id": ["0/000002.png"], "target": [1]}).to_csv(tmp_path / "targets" / "labels.csv", index=False)
+    for source in (tmp_path / "targets", str(tmp_path / "targets" / "labels.csv")):
+        assert faces_table(source, groups=True)["path"].tolist() == [str(tmp_path / "targets" / "0" / "000002.png")]
+
+
+def test_faces_table_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        faces_table(tmp_path / "nowhere", groups=True)
+    (tmp_path / "0").mkdir()
+    with pytest.raises(DataError, match="neither labels.csv, a manifest, folders named T_P"):
+        faces_table(tmp_path, groups=True)
+    (tmp_path / "a.csv").write_text("image,target\n")
+    with pytest.raises(DataError, match="no rows"):
+        faces_table(tmp_path / "a.csv", groups=True)
+    (tmp_path / "a.csv").write_text("picture,target\n1.jpg,0\n")
+    with pytest.raises(DataError, match="no column 'image'.*picture"):
+        faces_table(tmp_path / "a.csv", groups=True)
+
+
+def test_the_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("AIMFAIR_CACHE", raising=False)
+    assert cache_folder() == tmp_path / "aimfair"
+    monkeypatch.setenv("AIMFAIR_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own" and cache_folder(tmp_path) == tmp_path
+
+
 def test_hugging_face(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="the extra hub is not installed")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
@@ -343,65 +422,6 @@ def test_only_names_that_leave_the_root_are_errors(tmp_path):
 
 # --- splits -------------------------------------------------------------------------------------------------------------------
 
-@settings(max_examples=60, deadline=None)
-@given(cells=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=8, max_size=200), n=st.integers(1, 60).map(lambda k: 2 * k),
-       bias=st.sampled_from([0, 1 / 9, 0.25, 2 / 3, 1]))
-def test_biased_split_is_the_papers_rule(cells, n, bias):
-    table = pd.DataFrame(cells, columns=["target", "protected"]).assign(id=[f"{i:03d}" for i in range(len(cells))])
-    major = round(n / 2 / (1 + bias))
-    need = {(0, 1): major, (1, 0): major, (0, 0): n // 2 - major, (1, 1): n // 2 - major}
-    enough = all(cells.count(c) >= k for c, k in need.items()) and not (bias and major == n // 2)
-    if not enough:
-        with pytest.raises(DataError):
-            biased_split(table, n=n, bias=bias)
-        return
-    left, expected = dict(need), []
-    for i, cell in enumerate(cells):
-        if left[cell]:
-            left[cell] -= 1
-            expected.append(f"{i:03d}")
-    assert biased_split(table.set_index(np.zeros(len(table), int)), n=n, bias=bias)["id"].tolist() == expected
-
-
-def test_biased_split_errors(tmp_path):
-    write_celeba(tmp_path, labels(200))
-    table = celeba(tmp_path)
-    cell = int(((table.target == 0) & (table.protected == 0) & (table.split == "train")).sum())
-    with pytest.raises(DataError) as caught:
-        biased_split(table, n=2000)
-    message = str(caught.value)
-    assert "list_attr_celeba.txt" in message and f"cell Smiling=0, Male=0 has {cell} images" in message and "100 are needed" in message
-    largest = int(message.rsplit(" ", 1)[1])
-    assert len(biased_split(table, n=largest)) == largest
-    with pytest.raises(DataError):
-        biased_split(table, n=largest + 2)
-    for n in (0, -2, 7):
-        with pytest.raises(DataError, match=f"n is {n}"):
-            biased_split(table, n=n)
-    with pytest.raises(DataError, match="minority image"):
-        biased_split(table, n=8)
-    for bias in (-0.1, 9, float("nan")):
-        with pytest.raises(DataError, match="bias is"):
-            biased_split(table, n=20, bias=bias)
-    with pytest.raises(DataError, match="protected"):
-        biased_split(table.drop(columns="protected"), n=20)
-    assert (biased_split(table, n=20)["split"] == "train").all()
-
-
-def test_holdout_is_disjoint_and_stable():
-    table = pd.DataFrame({"id": [f"{i}.jpg" for i in range(500)], "target": 0, "split": "train"})
-    used = table[:100]
-    held = holdout(table, exclude=used, n_val=50, n_test=100, seed=3)
-    assert held["split"].value_counts().to_dict() == {"test": 100, "val": 50}
-    assert not set(held["id"]) & set(used["id"]) and held["id"].is_unique
-    assert held["id"].tolist() == [i for i in table["id"] if i in set(held["id"])]
-    shuffled = holdout(table.sample(frac=1, random_state=0), exclude=used["id"], n_val=50, n_test=100, seed=3)
-    assert dict(zip(held["id"], held["split"], strict=True)) == dict(zip(shuffled["id"], shuffled["split"], strict=True))
-    assert set(holdout(table, exclude=used, n_val=50, n_test=100, seed=4)["id"]) != set(held["id"])
-    with pytest.raises(DataError, match="400 of 500"):
-        holdout(table, exclude=used, n_val=300, n_test=101)
-
-
 def test_write_split_round_trip(tmp_path):
     write_celeba(tmp_path, labels(300))
     rows = biased_split(celeba(tmp_path, target="Young", protected="Male"), n=40)
@@ -413,15 +433,13 @@ def test_write_split_round_trip(tmp_path):
     assert os.listdir(tmp_path / "new") == ["split.csv"]
 
 
-def test_splits_need_no_torch():
-    code = "import sys, aimfair.data; print([m for m in ('torch', 'PIL', 'torchvision', 'datasets') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-
-
 # --- decoding -----------------------------------------------------------------------------------------------------------------
 
 def pixels(path, size=32):
-    return data._decode(str(path), size)
+    "One decoded image, from a cache of its own."
+    table = pd.DataFrame({"id": ["a"], "path": [str(path)], "target": [0]})
+    with tempfile.TemporaryDirectory() as cache:
+        return load_faces(table, size=size, cache=cache).gather(0).numpy()[0]
 
 
 def test_decoding_is_the_published_resize(tmp_path):
@@ -513,7 +531,7 @@ def test_a_second_epoch_reads_no_file(tmp_path):
         again = load_faces(table[::-1], size=16, cache=tmp_path / "cache")
     for path in table["path"]:
         Path(path).unlink()
-    epochs = [[x.clone() for x, _, _ in batches(faces, 16)] for _ in range(2)]
+    epochs = [[x.clone() for x, *_ in batches(faces, 16)] for _ in range(2)]
     assert torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1])) and len(torch.cat(epochs[0])) == 40
     assert torch.equal(again.gather(slice(None, None, -1)), faces.gather(slice(None)))
 
@@ -556,14 +574,15 @@ def test_duplicate_rows_and_relative_paths(tmp_path, monkeypatch):
 
 
 LOADER = """
-import os, sys, time, pandas as pd
-from aimfair import data
-os.cpu_count = lambda: 2
-data._SHARD_BYTES = 3 * 16 * 16 * 10
-real = data._decode
-data._decode = lambda path, size: (time.sleep(float(sys.argv[3])), real(path, size))[1]
+import sys, time, pandas as pd
+from PIL import Image
+from aimfair.data import images
+images.SHARD_BYTES = 3 * 16 * 16 * 10
+images.cores = lambda: 2
+real = Image.open
+Image.open = lambda path: (time.sleep(float(sys.argv[3])), real(path))[1]
 print("start", flush=True)
-data.load_faces(pd.read_csv(sys.argv[1]), size=16, cache=sys.argv[2])
+images.load_faces(pd.read_csv(sys.argv[1]), size=16, cache=sys.argv[2])
 """
 
 
@@ -582,17 +601,15 @@ def test_killed_at_any_moment_the_cache_is_whole(tmp_path):
     for target in (0, 30, 71):
         process = start_loader(tmp_path, 0.01)
         process.stdout.readline()
-        while len(stored_keys(tmp_path)) < target and process.poll() is None:
-            time.sleep(0.003)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    (tmp_path / "cache" / "faces-v1-16px" / "aside-left").mkdir(parents=True, exist_ok=True)
+        assert kill_when(process, lambda target=target: len(stored_keys(tmp_path)) >= target)
+    for name in ("aside-left", ".shard-left.0.tmp"):
+        (tmp_path / "cache" / "faces-v1-16px" / name).mkdir(parents=True, exist_ok=True)
     done = len(stored_keys(tmp_path))
     faces, opened = count_opened(table, size=16, cache=tmp_path / "cache")
     assert 0 < done < 200 and len(opened) == 200 - done
     assert all(np.array_equal(faces.gather(i).numpy()[0], pixels(p, 16)) for i, p in enumerate(table["path"]))
     assert len(set(stored_keys(tmp_path))) == len(stored_keys(tmp_path)) == 200
-    assert not list((tmp_path / "cache").glob("*/aside-*"))
+    assert {f.name.split("-")[0] for f in (tmp_path / "cache" / "faces-v1-16px").iterdir()} == {"lock", "shard"}
 
 
 def test_two_processes_share_the_work(tmp_path):
@@ -662,7 +679,7 @@ def generator(seed=0): return torch.Generator().manual_seed(seed)
 @settings(max_examples=40, deadline=None)
 @given(height=st.integers(2, 80), width=st.integers(2, 80), seed=st.integers(0, 1000), low=st.floats(0.01, 1), thin=st.floats(0.2, 3))
 def test_crops_lie_inside(height, width, seed, low, thin):
-    top, left, h, w = data._crop_boxes(16, height, width, (low, 1.0), (thin, thin * 1.5), generator(seed))
+    top, left, h, w = crop_boxes(16, height, width, (low, 1.0), (thin, thin * 1.5), generator(seed))
     assert (top >= 0).all() and (left >= 0).all() and (h >= 1).all() and (w >= 1).all()
     assert (top + h <= height).all() and (left + w <= width).all()
 
@@ -676,7 +693,7 @@ def test_crops_have_torchvisions_distribution(scale, ratio, size):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         theirs = np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(n)], float)
-    ours = np.stack([v.numpy() for v in data._crop_boxes(n, *size, scale, ratio, generator())], 1).astype(float)
+    ours = np.stack([v.numpy() for v in crop_boxes(n, *size, scale, ratio, generator())], 1).astype(float)
     for describe in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]):
         assert ks_2samp(describe(ours), describe(theirs)).pvalue > 1e-3
 
@@ -686,7 +703,7 @@ def test_crops_have_torchvisions_pixels(size):
     from torchvision.transforms.v2.functional import resized_crop
     batch = torch.randint(0, 256, (40, 3, *size), dtype=torch.uint8, generator=generator(1))
     got = Augment(flip=0)(batch, generator(5))
-    boxes = data._crop_boxes(40, *size, (0.08, 1.0), (3 / 4, 4 / 3), generator(5))
+    boxes = crop_boxes(40, *size, (0.08, 1.0), (3 / 4, 4 / 3), generator(5))
     for i, (top, left, h, w) in enumerate(torch.stack(boxes, 1).tolist()):
         expected = resized_crop(normalize(batch[i:i + 1]), top, left, h, w, list(size), antialias=False)
         assert torch.allclose(got[i:i + 1], expected, atol=2e-4)
@@ -723,20 +740,24 @@ def test_batches():
 
     def epoch(seed): return list(batches(faces, 8, shuffle=True, augment=Augment(), generator=generator(seed)))
 
-    for (x, y, p), (x2, y2, p2) in zip(epoch(0), epoch(0), strict=True):
-        assert torch.equal(x, x2) and torch.equal(y, y2) and torch.equal(p, p2)
+    for (x, y, p, rows), again in zip(epoch(0), epoch(0), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip((x, y, p, rows), again, strict=True))
+        assert torch.equal(y, torch.from_numpy(faces.target)[rows]) and torch.equal(p, torch.from_numpy(faces.protected)[rows])
         assert x.is_contiguous(memory_format=torch.channels_last) and x.dtype == torch.float32
-        assert y.dtype == p.dtype == torch.int64
+        assert y.dtype == p.dtype == rows.dtype == torch.int64 and rows.device.type == "cpu"
     assert any(not torch.equal(a[1], b[1]) for a, b in zip(epoch(0), epoch(1), strict=True))
     one = generator(0)
-    first, second = ([y.tolist() for _, y, _ in batches(faces, 8, shuffle=True, generator=one)] for _ in range(2))
+    first, second = ([y.tolist() for _, y, *_ in batches(faces, 8, shuffle=True, generator=one)] for _ in range(2))
     assert first != second and sorted(sum(first, [])) == sorted(sum(second, []))
     plain = list(batches(faces, 8))
-    assert [len(y) for _, y, _ in plain] == [8, 8, 8, 8, 5]
-    assert torch.equal(torch.cat([x for x, _, _ in plain]), normalize(faces.gather(slice(None))))
-    assert [len(y) for _, y, _ in batches(faces, 8, drop_last=True)] == [8] * 4
-    assert next(batches(faces.without_groups(), 8))[2].tolist() == [-1] * 8
-    assert [x.shape[0] for x, _, _ in batches(faces.select([3]), 8, augment=Augment(), generator=generator())] == [1]
+    assert [len(y) for _, y, *_ in plain] == [8, 8, 8, 8, 5]
+    assert torch.equal(torch.cat([b.images for b in plain]), normalize(faces.gather(slice(None))))
+    assert [b.rows.tolist() for b in plain] == [list(range(i, min(i + 8, 37))) for i in range(0, 37, 8)]
+    assert [len(y) for _, y, *_ in batches(faces, 8, drop_last=True)] == [8] * 4
+    shuffled = batches(faces, 8, shuffle=True, generator=generator())
+    assert sorted(torch.cat([b.rows for b in shuffled]).tolist()) == list(range(37))
+    assert next(batches(faces.without_groups(), 8)).protected.tolist() == [-1] * 8
+    assert [x.shape[0] for x, *_ in batches(faces.select([3]), 8, augment=Augment(), generator=generator())] == [1]
     for wrong in ({"shuffle": True}, {"augment": Augment()}, {"batch_size": 0}):
         with pytest.raises(ValueError):
             batches(faces, **wrong)
