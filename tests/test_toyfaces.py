@@ -6,9 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from faults import interrupt_at
 from PIL import Image
 
-from aimfair.toyfaces import TONES, annotations, caption, draw, sample_factors, write_celeba, write_groups, write_utkface
+from aimfair import data
+from aimfair.toyfaces import TONES, annotations, caption, draw, sample_factors, worlds, write_celeba, write_groups, write_utkface
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +259,6 @@ def test_celeba_images_are_the_drawn_faces(world):
 
 
 def test_data_module_reads_celeba(world):
-    data = pytest.importorskip("aimfair.data")
     table = data.celeba(world, target="Smiling", protected="Male")
     tags = annotations(sample_factors(110, seed=11, start=1))
     assert np.array_equal(table["target"], tags["Smiling"]) and np.array_equal(table["protected"], tags["Male"])
@@ -271,7 +272,6 @@ def test_utkface_layout(tmp_path):
     assert len(names) == 40 and all(len(fields) == 4 for fields in names)
     wanted = [[int(a), int(g <= 0.5), min(int(t * 5), 4)] for a, g, t in zip(f.age, f.gender, f.tone, strict=True)]
     assert sorted([int(x) for x in fields[:3]] for fields in names) == sorted(wanted)
-    data = pytest.importorskip("aimfair.data")
     assert len(data.utkface(tmp_path)) == 40
 
 
@@ -291,7 +291,6 @@ def test_groups_pool_is_balanced_and_true(tmp_path):
 
 
 def test_data_module_reads_groups(tmp_path):
-    data = pytest.importorskip("aimfair.data")
     write_groups(tmp_path, per_group=3, seed=4, target="Young", protected="Male")
     table = data.image_groups(tmp_path)
     assert table.groupby(["target", "protected"]).size().tolist() == [3] * 4
@@ -302,12 +301,29 @@ def test_groups_need_two_different_attributes(tmp_path):
         write_groups(tmp_path, per_group=1, target="Male", protected="Male")
 
 
-@pytest.mark.parametrize("write", [
+WRITERS = pytest.mark.parametrize("write", [
     lambda root: write_celeba(root, n_train=6, n_val=2, n_test=2, seed=5),
     lambda root: write_utkface(root, n=10, seed=5),
     lambda root: write_groups(root, per_group=3, seed=5),
 ], ids=["celeba", "utkface", "groups"])
-def test_interrupted_write_ends_the_same(write, tmp_path):
+
+
+@WRITERS
+@pytest.mark.parametrize("call", [1, 2, 7])
+def test_interrupted_write_leaves_whole_files(write, call, tmp_path, monkeypatch):
+    write(tmp_path / "whole")
+    interrupt_at(monkeypatch, worlds, "write_whole", call)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "cut")
+    monkeypatch.undo()
+    whole, cut = snapshot(tmp_path / "whole"), snapshot(tmp_path / "cut")
+    assert len(cut) == call - 1 and cut.items() <= whole.items()
+    write(tmp_path / "cut")
+    assert snapshot(tmp_path / "cut") == whole
+
+
+@WRITERS
+def test_what_was_removed_is_written_again(write, tmp_path):
     write(tmp_path / "whole")
     whole = snapshot(tmp_path / "whole")
     write(tmp_path / "cut")
