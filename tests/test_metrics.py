@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aimfair.metrics import METRICS, cell_counts, equalized_odds, fairness_report, group_accuracy
+from aimfair.metrics import MEASURES, cell_counts, equalized_odds, fairness_report, group_accuracy
 
 LABELS = [[0, 1], [False, True], ["no", "yes"], [0, 1, 2], ["a", "b", "c", "d"]]
 GROUPS = [[0, 1], ["f", "m"], [False, True], [-1, 0, 7], [("f", 1), ("m", 2)], ["a", 1, (2, 3)]]
@@ -75,7 +75,7 @@ def test_every_figure_equals_the_oracle(data):
     y_true, y_pred, group = data
     cells, figures = oracle(y_true, y_pred, group)
     report = quiet(fairness_report, y_true, y_pred, sensitive_features=group)
-    assert {name: same(getattr(report, name), figures[name]) for name in METRICS} == dict.fromkeys(METRICS, True)
+    assert {name: same(getattr(report, name), figures[name]) for name in MEASURES} == dict.fromkeys(MEASURES, True)
     found = dict(zip(report.group_accuracy.index.tolist(), report.group_accuracy, strict=True))
     assert found.keys() == cells.keys() and all(same(found[cell], cells[cell]) for cell in cells)
     assert report.counts.sum() == len(y_true)
@@ -140,7 +140,7 @@ def test_same_figures_for_any_container(kind):
     y, yhat, p = (column.tolist() for column in biased(60, 0))
     expected = fairness_report(y, yhat, sensitive_features=p).to_dict()
     report = fairness_report(kind(y), kind(yhat), sensitive_features=kind(p))
-    assert [getattr(report, name) for name in METRICS] == [expected[name] for name in METRICS]
+    assert [getattr(report, name) for name in MEASURES] == [expected[name] for name in MEASURES]
     assert report.group_accuracy.tolist() == list(expected["group_accuracy"].values())
     one = report.group_accuracy.index.levels[0].tolist()[1]  # 1, or True
     assert report.group_accuracy.loc[(one, one)] == expected["group_accuracy"]["1_1"]
@@ -201,7 +201,7 @@ def test_an_empty_cell_is_nan_and_named():
         report = fairness_report([1, 1, 0, 1], [1, 1, 0, 1], sensitive_features=list("fmfm"), n_boot=200)
     assert len(caught) == 1 and caught[0].filename == __file__
     assert report.accuracy == 1 and report.counts.loc[(0, "m")] == 0 and report.worst_group is None
-    undefined = [*METRICS[1:], "0_m"]
+    undefined = [*MEASURES[1:], "0_m"]
     assert report.to_frame().loc[undefined, ["value", "low", "high"]].isna().all(axis=None)
     assert report.to_frame().drop(undefined).notna().all(axis=None)
     assert fl.equalized_odds_difference([1, 1, 0, 1], [1, 1, 0, 1], sensitive_features=list("fmfm")) == 0  # why this test exists
@@ -382,7 +382,7 @@ def test_interval_rows_and_confidence():
     y, yhat, p = biased(2000, 0)
     wide = fairness_report(y, yhat, sensitive_features=p, n_boot=2000, confidence=0.99)
     narrow = fairness_report(y, yhat, sensitive_features=p, n_boot=2000, confidence=0.5)
-    assert wide.intervals.index.tolist() == [*METRICS, "0_0", "0_1", "1_0", "1_1"]
+    assert wide.intervals.index.tolist() == [*MEASURES, "0_0", "0_1", "1_0", "1_1"]
     assert wide.intervals.columns.tolist() == ["low", "high"]
     assert (wide.intervals["low"] < narrow.intervals["low"]).all() and (wide.intervals["high"] > narrow.intervals["high"]).all()
     assert wide.intervals["low"].lt(wide.to_frame()["value"]).all()
@@ -413,7 +413,7 @@ def test_to_dict_is_plain_and_complete():
     y, yhat, p = biased(500, 0)
     report = fairness_report(y, yhat, sensitive_features=p, n_boot=50)
     read = json.loads(json.dumps(report.to_dict()))
-    assert read == report.to_dict() and set(read) == {*METRICS, "group_accuracy", "counts", "intervals", "confidence", "n_boot"}
+    assert read == report.to_dict() and set(read) == {*MEASURES, "group_accuracy", "counts", "intervals", "confidence", "n_boot"}
     assert list(read["counts"]) == ["0_0", "0_1", "1_0", "1_1"] and len(read["intervals"]["1_1"]) == 2
 
 
