@@ -1,34 +1,33 @@
-"The method as one object and as one command: unknown models, no group labels, faults, and runs that are killed."
+"The method as one object: unknown models, no group labels, the experiments' numbers, mistakes, and runs that are interrupted."
 
 import copy
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from faults import interrupt_at
 from torch import nn
 
 from aimfair import finetuning
 from aimfair.data import DataError, Faces, batches
+from aimfair.device import seeded
 from aimfair.finetuning import choose_k
-from aimfair.pipeline import AIMFair, debias, faces_table, hold_out, image_size, model_from
-from aimfair.sensitivity import group_indices, mean_gradients, take_groups
-from aimfair.training import TrainConfig, WeightsError, fit, narrow_resnet18, read_weights, seeded
+from aimfair.groups import group_indices, take_groups
+from aimfair.models import image_size, narrow_resnet18, read_weights
+from aimfair.pipeline import AIMFair, method
+from aimfair.sensitivity import mean_gradients
+from aimfair.training import TrainConfig, fit
 
 FOUR = [(0, 0), (0, 1), (1, 0), (1, 1)]
 BIASED = {(0, 1): 9, (1, 0): 9, (0, 0): 1, (1, 1): 1}
 MILD = {"scale": (0.7, 1), "flip": 0, "milestones": ()}
 QUICK = TrainConfig(epochs=1, batch_size=32, lr=0.01, **MILD)
 RUN = {"config": QUICK, "gradient_batch_size": 16, "device": "cpu", "progress": False}
+AUTO = {**RUN, "k": "auto", "majority": "0_1,1_0"}
 
 # pool and real sets of a few images only: what they show is checked elsewhere
 pytestmark = pytest.mark.filterwarnings("ignore:The model handed in gets", "ignore:no sample with")
@@ -239,10 +238,47 @@ def test_test_images_without_groups_give_accuracy_alone(network, small):
     assert "worst_group_accuracy" in [f for s, f in known.figures.index if s == "test"]
 
 
-def test_held_out_images_are_not_learned_from(small):
-    train, aside = hold_out(small["synthetic"])
-    assert not set(train.ids) & set(aside.ids) and len(train) + len(aside) == len(small["synthetic"])
-    assert {len(i) for i in group_indices(aside).values()} == {2}
+def darkened(faces, which):
+    "The same faces, those at some positions without light."
+    pixels = faces.gather(slice(None)).numpy().copy()
+    pixels[which] = 0
+    return Faces.from_arrays(pixels, faces.target, faces.protected, faces.ids)
+
+
+def test_held_out_images_are_not_learned_from(network, small):
+    "Of 22 a group the last two are for the report alone: other pixels there change the report's figures, and no weight."
+    pool = small["synthetic"]
+    last, first = (np.concatenate([i[part] for i in group_indices(pool).values()]) for part in (slice(20, 22), slice(0, 2)))
+    plain, measured, learned = (AIMFair(network, **AUTO | {"k": None}).fit(**{**small, "synthetic": faces})
+                                for faces in (pool, darkened(pool, last), darkened(pool, first)))
+    assert plain.report.figures.loc[("synthetic", "accuracy"), "n"] == 8
+    assert same_state(plain.model.state_dict(), measured.model.state_dict())
+    assert not same_state(plain.model.state_dict(), learned.model.state_dict())
+    assert not plain.report.figures.loc["synthetic"].equals(measured.report.figures.loc["synthetic"])
+
+
+def test_held_out_images_may_be_given(network, small):
+    "Then nothing is put aside: the report measures by those images, and all others are learned from."
+    held_out = ramps(dict.fromkeys(FOUR, 3), 8, photo=False)
+    given = AIMFair(network, **RUN).fit(**small, held_out=held_out).report
+    counts = given.setup["images"]
+    assert (counts["synthetic_held_out"], counts["synthetic_balanced"]) == (12, 4 * 22)
+    assert given.figures.loc[("synthetic", "accuracy"), "n"] == 12
+    assert "were given for that alone" in repr(given) and "put aside" not in repr(given)
+
+
+def test_groups_of_a_fixed_size(network, small):
+    result = AIMFair(network, per_group=7, **RUN).fit(**small)
+    assert result.report.setup["images"]["synthetic_balanced"] == 28 and result.report.setup["per_group"] == 7
+    with pytest.raises(DataError, match="per_group is 21; of group 0_0 there are 20 synthetic images to learn from"):
+        AIMFair(network, per_group=21, **RUN).fit(**small)
+
+
+def test_the_biased_set_is_no_larger_than_the_real_one(network, small):
+    photos = small["real"].select(np.arange(30))
+    assert AIMFair(network, **RUN).fit(**{**small, "real": photos}).report.setup["images"]["synthetic_biased"] <= 30
+    with pytest.raises(DataError, match="real has 6 images, too few for a synthetic set of that size with bias 0.111"):
+        AIMFair(network, **RUN).fit(**{**small, "real": small["real"].select(np.arange(6))})
 
 
 def test_a_seed_gives_one_result(network, small):
@@ -265,9 +301,6 @@ def test_global_random_state_is_neither_read_nor_moved(network, small):
 # --- k chosen by itself
 
 
-AUTO = {**RUN, "k": "auto", "majority": "0_1,1_0"}
-
-
 @pytest.fixture(scope="module")
 def larger(small):
     return {**small, "synthetic": ramps(dict.fromkeys(FOUR, 50), 2, photo=False)}
@@ -276,6 +309,12 @@ def larger(small):
 @pytest.fixture(scope="module")
 def automatic(network, larger):
     return AIMFair(network, **AUTO).fit(**larger)
+
+
+def gradients_by_hand(model, faces, batch_size, seed=0):
+    order = torch.Generator().manual_seed(seed)
+    one_pass = batches(faces, batch_size, shuffle=True, drop_last=True, augment=QUICK.augment(), generator=order, device="cpu")
+    return mean_gradients(model, one_pass, seed=seed, device="cpu")
 
 
 def same_result(a, b):
@@ -291,11 +330,7 @@ def test_auto_is_choose_k_by_hand(network, larger, automatic):
     rest, aside = (pool.select(np.sort(np.concatenate([i[part] for i in where.values()]))) for part in (slice(36), slice(36, 45)))
     balanced = take_groups(rest, dict.fromkeys(FOUR, 36))
     images = {"real": larger["real"], "synthetic_biased": take_groups(rest, times(BIASED, 4)), "synthetic_balanced": balanced}
-    gradients = {}
-    for name, faces in images.items():
-        order = torch.Generator().manual_seed(0)
-        one_pass = batches(faces, 16, shuffle=True, drop_last=True, augment=QUICK.augment(), generator=order, device="cpu")
-        gradients[name] = mean_gradients(network, one_pass, seed=0, device="cpu")
+    gradients = {name: gradients_by_hand(network, faces, 16) for name, faces in images.items()}
     chosen = choose_k(network, balanced, larger["val"], aside, gradients=gradients, config=QUICK, device="cpu", progress=False)
     pd.testing.assert_frame_equal(automatic.report.choice.table, chosen.table, check_exact=True)
     assert automatic.report.setup["k"] == chosen.k and set(automatic.mask) == chosen.mask
@@ -327,20 +362,24 @@ def test_auto_with_a_normalisation_keeps_candidates_that_can_be_judged(larger):
     assert again.accuracy.tolist() == choice.table.val_accuracy.tolist() and not result.model._forward_pre_hooks
 
 
+def test_auto_measures_and_chooses_by_the_images_that_were_given(network, larger):
+    "Images that a choice was made by flatter it, and the report says so."
+    held_out = ramps(dict.fromkeys(FOUR, 6), 8, photo=False)
+    report = AIMFair(network, **AUTO).fit(**larger, held_out=held_out).report
+    counts = report.setup["images"]
+    assert (counts["synthetic_for_k"], counts["synthetic_held_out"], counts["synthetic_balanced"]) == (24, 24, 4 * 50)
+    assert "the 24 synthetic images measured above, whose figures it flatters" in repr(report)
+    chosen = report.choice.table.loc[report.setup["k"]]
+    assert report.value("synthetic", "worst_group_accuracy")[1] == chosen.worst_group_accuracy
+
+
 def test_auto_interrupted_goes_on(network, larger, automatic, tmp_path, monkeypatch):
-    started, real = [], finetuning.finetune
-
-    def interrupted(*args, **options):
-        started.append(options["checkpoint"])
-        if len(started) == 3:
-            raise KeyboardInterrupt
-        return real(*args, **options)
-
-    monkeypatch.setattr(finetuning, "finetune", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        AIMFair(network, **AUTO).fit(**larger, checkpoint=tmp_path)
+    with monkeypatch.context() as interrupted:
+        interrupt_at(interrupted, finetuning, "finetune", 3)
+        with pytest.raises(KeyboardInterrupt):
+            AIMFair(network, **AUTO).fit(**larger, checkpoint=tmp_path)
     finished = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.is_file() and f.name != "run.json"}
-    assert sorted(f.name for f in finished if f.parent != tmp_path) == sorted(f.name for f in started[:2]) and len(finished) == 5
+    assert len([f for f in finished if f.parent != tmp_path]) == 2 and len(finished) == 5  # two candidates, three gradient passes
     same_result(AIMFair(network, **AUTO).fit(**larger, checkpoint=tmp_path), automatic)
     assert {f: f.stat().st_mtime_ns for f in finished} == finished  # nothing was computed again
 
@@ -408,6 +447,10 @@ MISTAKES = {
     "no validation set": (lambda s: {"val": None}, "val is a NoneType; expected Faces"),
     "no such folder": (lambda s: {"synthetic": "nowhere"}, "nowhere: no such file or folder"),
     "a table": (lambda s: {"synthetic": pd.DataFrame()}, "synthetic is a DataFrame"),
+    "nothing put aside of a group": (lambda s: {"held_out": s["synthetic"].select(s["synthetic"].protected == 0)},
+                                     "held_out has no image of group 0_1"),
+    "put aside without groups": (lambda s: {"held_out": s["synthetic"].without_groups()}, "no protected attribute"),
+    "put aside in another size": (lambda s: {"held_out": sets(size=16)["synthetic"]}, "held_out has images of 16 x 16"),
 }
 
 
@@ -422,7 +465,8 @@ def test_mistakes_in_images(network, small, mistake):
 @pytest.mark.parametrize(("options", "message"), [
     ({"k": 0}, "k=0 is not a whole number from 1 to 62"), ({"k": 63}, "from 1 to 62"), ({"k": 2.5}, "k=2.5"),
     ({"k": "best"}, 'k=.best. is not .* nor "auto"'),
-    ({"bias": 1}, "bias is 1"), ({"bias": -0.1}, "bias is -0.1"), ({"strategy": "some"}, "choose selective"),
+    ({"bias": 1}, "bias is 1"), ({"bias": -0.1}, "bias is -0.1"), ({"strategy": "some"}, "there are selective, full, linear_probe"),
+    ({"per_group": 1}, "per_group is 1; expected a whole number of 2 or more"), ({"per_group": "all"}, "per_group is 'all'"),
     ({"gradient_batch_size": 1}, "expected 2 or more"), ({"mean": (0, 0, 0)}, "three numbers each"),
     ({"mean": (0, 0, 0), "std": (1, 0, 1)}, "above 0"), ({"model": "resnet18"}, "model is a str"), ({"model": nn.ReLU()}, "no parameters"),
 ])
@@ -449,10 +493,10 @@ def test_a_k_that_selects_nothing_names_one_that_does(small):
         AIMFair(odd_net(), k=1, **RUN).fit(**small)
 
 
-def test_a_batch_larger_than_a_set_shrinks_and_says_so(network, small):
-    with pytest.warns(UserWarning, match="batches of 44 instead of 500: the set synthetic_biased"):
-        result = AIMFair(network, **{**RUN, "gradient_batch_size": 500}).fit(**small)
-    assert result.report.setup["gradient_batch_size"] == 44 and "44 instead of 500" in result._repr_markdown_()
+def test_a_set_smaller_than_a_batch_is_one_batch_and_says_so(network, small):
+    with pytest.warns(UserWarning, match="one batch of 44 instead of batches of 60: the set synthetic_biased"):
+        result = AIMFair(network, **{**RUN, "gradient_batch_size": 60}).fit(**small)
+    assert result.report.setup["gradient_batch_size"] == 60 and result._repr_markdown_().count("instead of batches of 60") == 1
 
 
 @pytest.mark.filterwarnings("default:The model handed in gets")
@@ -468,184 +512,24 @@ def test_a_model_no_better_than_chance_is_questioned(network, small):
 
 def test_interrupted_run_ends_with_the_same_bits(network, small, tmp_path, monkeypatch):
     whole = AIMFair(network, **{**RUN, "config": QUICK.model_copy(update={"epochs": 2})})
-    expected, passes = whole.fit(**small), []
-    real_pass = AIMFair._pass
-
-    def interrupted(self, model, name, *rest):
-        passes.append(name)
-        if len(passes) == 3:
-            raise KeyboardInterrupt
-        return real_pass(self, model, name, *rest)
-
-    monkeypatch.setattr(AIMFair, "_pass", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        whole.fit(**small, checkpoint=tmp_path / "kept")
+    expected, real_pass, passes = whole.fit(**small), method.gradient_pass, []
+    with monkeypatch.context() as interrupted:
+        interrupt_at(interrupted, method, "gradient_pass", 3)
+        with pytest.raises(KeyboardInterrupt):
+            whole.fit(**small, checkpoint=tmp_path / "kept")
+    monkeypatch.setattr(method, "gradient_pass", lambda model, faces, **how: passes.append(len(faces)) or real_pass(model, faces, **how))
     result = whole.fit(**small, checkpoint=tmp_path / "kept")
-    assert passes == ["real", "synthetic_biased", "synthetic_balanced", "synthetic_balanced"]
+    assert passes == [80]  # the third set alone: D_S2
     assert same_state(result.model.state_dict(), expected.model.state_dict())
     assert result.report.to_dict() == expected.report.to_dict()
     pd.testing.assert_frame_equal(result.sensitivity, expected.sensitivity, check_exact=True)
 
 
-@pytest.mark.parametrize("change", ["model", "images", "option"])
+@pytest.mark.parametrize("change", ["model", "images", "option", "held_out"])
 def test_a_checkpoint_of_another_run_is_refused(network, small, tmp_path, change):
     AIMFair(network, **RUN).fit(**small, checkpoint=tmp_path)
     model = odd_net() if change == "model" else network
     images = {**small, "real": ramps(times(BIASED, 4), 7)} if change == "images" else small
+    images = images | ({"held_out": ramps(dict.fromkeys(FOUR, 2), 8, photo=False)} if change == "held_out" else {})
     with pytest.raises(ValueError, match="unfinished work of another run"):
         AIMFair(model, **(RUN | {"seed": 1} if change == "option" else RUN)).fit(**images, checkpoint=tmp_path)
-
-
-# --- from files
-
-
-def write_images(root, faces, by_group=False):
-    "PNG files and, unless they lie in folders by group, a labels CSV."
-    groups = [f"{t}_{p}/" if by_group else "" for t, p in zip(faces.target, faces.protected, strict=True)]
-    names = [f"{group}{i:04d}.png" for i, group in enumerate(groups)]
-    for i, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(faces.gather(i)[0].numpy().transpose(1, 2, 0)).save(root / name)
-    return pd.DataFrame({"image": names, "target": faces.target, "protected": faces.protected})
-
-
-NET = "from aimfair.training import narrow_resnet18\n\ndef build():\n    return narrow_resnet18(8)\n"
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    "A user's folder: photos with labels, synthetic images by group, a network in a file, and its weights."
-    root = tmp_path_factory.mktemp("user")
-    for name, seed in (("real", 0), ("val", 1), ("test", 2)):
-        table = write_images(root / name, ramps(times(BIASED, 3), seed))
-        table.to_csv(root / name / "labels.csv", index=False)
-    write_images(root / "synthetic", ramps(dict.fromkeys(FOUR, 12), 3, photo=False), by_group=True)
-    (root / "net.py").write_text(NET)
-    with seeded(0):
-        torch.save(narrow_resnet18(8).state_dict(), root / "biased.pt")
-    return root
-
-
-def options(root, out="fairer", **changes):
-    return {"model": f"{root}/net.py:build", "weights": f"{root}/biased.pt", "real": f"{root}/real/labels.csv", "val": f"{root}/val",
-            "synthetic": f"{root}/synthetic", "test": f"{root}/test/labels.csv", "out": f"{root}/{out}", "epochs": 2, "batch_size": 16,
-            "lr": 0.01, "size": 32, "device": "cpu", "cache": f"{root}/cache", "progress": False, **changes}
-
-
-RESULT = ["history.csv", "mask.json", "model.safetensors", "report.json", "report.md", "run.json", "sensitivity.csv"]
-
-
-def contents(folder):
-    return {f.name: f.read_bytes() for f in sorted(Path(folder).iterdir())}
-
-
-def test_files_in_files_out_and_nothing_twice(files):
-    first = debias(**options(files, "once"))
-    assert first.computed and sorted(contents(first.folder)) == RESULT and not (files / "once.partial").exists()
-    before = contents(first.folder)
-    again = debias(**options(files, "once", device=None))
-    assert not again.computed and "was done already" in str(again) and contents(first.folder) == before
-    for change, message in (({"k": 40}, "k was None, is 40"), ({"seed": 3}, "seed was 0, is 3"), ({"lr": 0.02}, "lr was 0.01, is 0.02"),
-                            ({"real": f"{files}/test"}, r"real \(contents\) was"), ({"test": None}, r"test \(contents\) was .* is None")):
-        with pytest.raises(ValueError, match=message):
-            debias(**options(files, "once", **change))
-    assert contents(first.folder) == before
-    report = json.loads((first.folder / "report.json").read_text())
-    assert set(report["figures"]) == {"validation", "synthetic", "test"} and "0_0" in report["figures"]["test"]
-    assert str(files) not in (first.folder / "report.json").read_text() + (first.folder / "run.json").read_text()
-
-
-def test_a_folder_that_holds_something_else_is_left_alone(files):
-    with pytest.raises(FileExistsError, match="is not a result of debias"):
-        debias(**options(files, "real"))
-    (files / "empty").mkdir(exist_ok=True)
-    with pytest.raises(WeightsError):
-        debias(**options(files, "empty", model="toy_resnet18"))  # sixteen channels, the weights have eight
-
-
-def test_photos_may_come_without_groups(files, tmp_path):
-    table = pd.read_csv(files / "real" / "labels.csv")
-    for name in table.image:
-        os.link(files / "real" / name, tmp_path / name)
-    table[["image", "target"]].to_csv(tmp_path / "labels.csv", index=False)
-    plain, bare = (debias(**options(files, name, real=real, test=None, epochs=1))
-                   for name, real in (("with", f"{files}/real"), ("without", str(tmp_path))))
-    assert contents(plain.folder)["model.safetensors"] == contents(bare.folder)["model.safetensors"]
-
-
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"weights": "no.pt"}, "weights: no such file"), ({"real": "no.csv"}, "no.csv: no such file or folder"),
-    ({"model": "net.py:build"}, "no such file net.py"), ({"model": "resnet18", "weights": None}, "needs weights=FILE"),
-    ({"model": "resnet1"}, "did you mean"), ({"epochs": 0}, "epochs is 0"), ({"synthetic": None}, "synthetic"), ({"k": 63}, "from 1 to 62"),
-])
-def test_mistakes_on_the_command_line(files, changes, message):
-    given = options(files, "never", **changes)
-    given["synthetic"] = given["synthetic"] or f"{files}/real"
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        debias(**given)
-    assert "\n" not in str(caught.value) and not list(files.glob("never*"))
-
-
-def test_heads_have_to_be_in_the_weights(tmp_path):
-    state = narrow_resnet18(16, n_outputs=2).state_dict()
-    torch.save(state, tmp_path / "whole.pt")
-    torch.save({k: v for k, v in state.items() if not k.startswith("fc.")}, tmp_path / "headless.pt")
-    torch.save(state | {"extra": torch.zeros(1)}, tmp_path / "more.pt")
-    assert model_from("toy_resnet18", tmp_path / "whole.pt").fc.out_features == 2
-    for name, message in (("headless", "has no fc.weight: a biased classifier"), ("more", "has an unknown extra")):
-        with pytest.raises(WeightsError, match=message):
-            model_from("toy_resnet18", tmp_path / f"{name}.pt")
-
-
-def test_images_by_class_in_folders(tmp_path):
-    for name in ("0/b.png", "0/a.jpg", "1/c.PNG", "10/d.png", "notes/e.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    table = faces_table(tmp_path, groups=False)
-    assert table[["id", "target"]].to_numpy().tolist() == [["0/a.jpg", 0], ["0/b.png", 0], ["1/c.PNG", 1], ["10/d.png", 10]]
-
-
-# --- the command, in a process of its own
-
-
-def command(root, given):
-    words = [sys.executable, "-m", "aimfair.cli", "debias"]
-    for name, value in given.items():
-        if name not in ("cache", "progress"):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    environment = {**os.environ, "AIMFAIR_CACHE": f"{root}/cache", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    return subprocess.Popen(words, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finished(process):
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
-
-
-@pytest.mark.parametrize("k", [None, "auto"])
-def test_command_killed_and_started_again_ends_the_same(files, k):
-    "kill -9 during fine-tuning; the same command goes on, ends with the same bytes, and then says that it is done."
-    name, given = f"killed-{k}", options(files, f"killed-{k}", epochs=60)
-    progress = files / f"{name}.partial" / "checkpoint" / "finetuning.pt"
-    if k:
-        write_images(files / "many", ramps(dict.fromkeys(FOUR, 50), 3, photo=False), by_group=True)
-        given |= {"k": k, "synthetic": f"{files}/many", "epochs": 3}
-        progress = progress.with_name("candidates")
-    process = command(files, given)
-    for _ in range(1200):
-        if progress.exists() or process.poll() is not None:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert finished(process)[0] == -signal.SIGKILL
-    assert not (files / name).exists()
-    with pytest.raises(ValueError, match="an unfinished run with other options .seed was 0, is 1"):
-        debias(**{**given, "seed": 1})
-    code, out, err = finished(command(files, given))
-    assert code == 0 and "worst group (WST)" in out and "Traceback" not in err, err
-    undisturbed = debias(**{**given, "out": f"{files}/undisturbed-{k}"})
-    assert contents(files / name) == contents(undisturbed.folder)
-    code, out, err = finished(command(files, given))
-    assert code == 0 and "was done already" in out
-    code, out, err = finished(command(files, {**given, "k": 40}))
-    assert code == 2 and f"k was {k}, is 40" in err and len(err.strip().splitlines()) == 1
