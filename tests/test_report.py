@@ -263,7 +263,7 @@ def test_an_interrupted_write_leaves_the_old_file(scores, tmp_path, monkeypatch)
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError):
         write_csv(scores * 2, path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.csv"]
@@ -315,8 +315,9 @@ def test_blocks_in_every_format(settings, tmp_path):
 
 
 def test_page_shows_every_block(settings, tmp_path):
-    VariantTable({name: summarize(s) for name, s in settings.items()}, caption="C", note="N").write(tmp_path / "e")
-    path = write_html_report(tmp_path / "r.html", experiments=[Section("e")], configuration={}, about={})
+    table = VariantTable({name: summarize(s) for name, s in settings.items()}, caption="C", note="N")
+    table.write(tmp_path / "e")
+    path = write_html_report(tmp_path / "r.html", experiments=[Section("e", tables=(table.text(),))], configuration={}, about={})
     page = Page(path.read_text(encoding="utf-8"))
     assert page.tags.count("caption") == 2 and {"C: Smiling, Male", "50 % | R&D_{x}", "N"} <= set(page.words)
     assert [row[0] for row in page.rows if len(row) == 5] == ["Method", *NAMES, "Method", "ERM", "AIM-Fair", "MAPLE"]
@@ -603,14 +604,16 @@ def made(tmp_path_factory):
     "A folder with the files of two experiments, one of which failed, and the page about them."
     folder = tmp_path_factory.mktemp("out")
     summary = summarize(per_seed(simulate(NASTY)))
-    ResultTable(summary, caption=f"A {EVIL} | caption", note="Data in /srv/faces_of/somebody_x.").write(folder / "alpha")
+    table = ResultTable(summary, caption=f"A {EVIL} | caption", note="Data in /srv/faces_of/somebody_x.")
+    table.write(folder / "alpha")
     write_figure(plot_curve(curve_frame(), "k", ("EO",)), folder / "alpha")
     (folder / "alpha-raw.csv").write_text("name,value\n" + "".join(f'"{EVIL}",{i}\n' for i in range(400)))
     (folder / "alpha-broken.png").write_bytes(b"no picture")
     (folder / "alphabet.md").write_text("not of alpha")
     (folder / "beta.md").write_text("stale numbers of an earlier run")
     (folder / "notes.md").write_text("of nothing")
-    sections = [Section("alpha", f"Alpha {EVIL}", "What is **asked**?", ("ERM is `worse` by 3 points.",)),
+    findings = (f"ERM is `worse` by 3 points, **{EVIL}**.",)
+    sections = [Section("alpha", f"Alpha {EVIL}", "What is **asked**?", findings, tables=(table.text(),)),
                 Section("beta", error=f"FileNotFoundError: no folder '/home/somebody/my faces' {EVIL}\x1b[0m"), Section("gamma")]
     arguments = {"experiments": sections, "folder": folder, "changed": ["train.lr"], "differences": ["**Smaller** than /data/paper", EVIL],
                  "configuration": {"name": "toy", "data.root": f"{folder}/faces", "data.x": EVIL, "train.lr": 0.5, "train.steps": (3, 4)},
@@ -648,7 +651,7 @@ def test_page_shows_the_table_as_written(made):
     for row in wanted:
         assert row in shown
     assert text.count("<b>") >= 4 and text.count("<u>") >= 4
-    assert f"<td class=n>{199}</td>" in text and f"<td class=n>{200}</td>" not in text and "400 rows, the first 200 shown" in text
+    assert [EVIL, "199"] in shown and [EVIL, "200"] not in shown and "alpha-raw.csv, 400 rows, the first 200 shown" in text
 
 
 def test_page_escapes_and_hides_paths(made):
@@ -670,7 +673,7 @@ def test_page_names_failures_and_leaves_out_what_they_left(made):
 def test_page_tells_what_it_rests_on(made):
     _, _, text = made
     rows = Page(text).rows
-    for row in (["Seeds", "100, 200"], ["Duration", "1 h 2 min"], ["Artifacts made", "3"], ["Artifacts reused", "0"],
+    for row in (["Seeds", "100, 200"], ["Duration", "1.0 h"], ["Artifacts made", "3"], ["Artifacts reused", "0"],
                 ["lr", "0.5 (changed)"], ["steps", "3, 4"], ["torch", "2"], ["Cores", "2"]):
         assert row in rows
     assert "2020-01-02 03:04 UTC; profile toy" in Page(text).words and not any(row[0] == "Note" for row in rows)
@@ -689,20 +692,51 @@ def test_page_of_nothing(tmp_path):
     assert "aimfair" in " ".join(Page(path.read_text(encoding="utf-8")).words)
 
 
+def notebook_of(path, *cells):
+    "A notebook of Markdown cells (text) and code cells (lists of outputs)."
+    made = [{"cell_type": "markdown", "metadata": {}, "source": c} if isinstance(c, str) else
+            {"cell_type": "code", "metadata": {}, "source": "x", "execution_count": 1,
+             "outputs": [{"output_type": "display_data", "metadata": {}, "data": data} for data in c]} for c in cells]
+    path.write_text(json.dumps({"cells": made, "nbformat": 4, "nbformat_minor": 4, "metadata": {}}))
+    return path
+
+
 def test_section_from_a_notebook(tmp_path):
-    def cell(kind, source, *data):
-        outputs = {"outputs": [{"output_type": "display_data", "data": d} for d in data], "execution_count": 1} if kind == "code" else {}
-        return {"cell_type": kind, "metadata": {}, "source": source, **outputs}
-    cells = [cell("markdown", "<span>An exception was encountered</span>"),
-             cell("markdown", ["# A title\n", "> What it asks,\n", "> in two lines."]),
-             cell("code", "x", {"text/markdown": "| a |", "text/html": "<table>"}),
-             cell("code", "y", {"text/markdown": ["One.\n\n", "Two."]})]
-    path = tmp_path / "some_name.ipynb"
-    path.write_text(json.dumps({"cells": cells, "nbformat": 4, "nbformat_minor": 5, "metadata": {}}))
+    path = notebook_of(tmp_path / "some_name.ipynb", "<span>An exception was encountered</span>",
+                       "# A title\n> What it asks,\n> in two lines.",
+                       [{"text/markdown": "| a |", "text/html": "<table>"}], [{"text/markdown": ["One.\n\n", "Two."]}])
     assert Section.from_notebook(path) == Section("some_name", "A title", "What it asks, in two lines.", ("One.", "Two."))
     assert Section.from_notebook(path, error="e") == Section("some_name", "A title", "What it asks, in two lines.", (), "e")
     missing = Section.from_notebook(tmp_path / "never_ran.ipynb", error="e")
     assert missing.heading == "Never ran" and missing.error == "e"
+
+
+def test_tables_go_through_an_executed_notebook_to_the_page(tmp_path, settings, nasty):
+    "IPython's own formatter stores them, and the notebook remains a valid one."
+    import nbformat
+    from IPython.core.formatters import DisplayFormatter
+
+    several = VariantTable({name: summarize(s) for name, s in settings.items()}, caption="Several")
+    only_shown = PlainTable(pd.DataFrame({"n": [31415]}))
+    for table, stem in ((nasty, "e"), (several, "e-several")):
+        table.write(tmp_path / stem)
+    shown = [DisplayFormatter().format(table)[0] for table in (several, only_shown, nasty)]
+    assert all({"text/html", "text/markdown", "text/plain"} < data.keys() for data in shown)
+    path = notebook_of(tmp_path / "e.ipynb", *([data] for data in shown))
+    nbformat.validate(nbformat.read(path, as_version=4))
+    section = Section.from_notebook(path)
+    assert section.tables == (several.text(), nasty.text())
+    text = write_html_report(tmp_path / "r.html", experiments=[section], configuration={}, about={}).read_text(encoding="utf-8")
+    names = [row[0] for row in Page(text).rows if len(row) == 5]
+    assert names == ["Method", *NASTY, "Method", *NAMES, "Method", "ERM", "AIM-Fair", "MAPLE"]
+    assert "31,415" not in text and "<b>bold" not in text
+
+
+def test_numbers_without_a_table_come_from_their_csv(tmp_path):
+    "As after a run whose notebook is not there."
+    PlainTable(pd.DataFrame({"n": [31415], "by": ["a, b"]}, index=pd.Index(["x"], name="set"))).write(tmp_path / "e")
+    text = write_html_report(tmp_path / "r.html", experiments=[Section("e")], configuration={}, about={}).read_text(encoding="utf-8")
+    assert {("set", "n", "by"), ("x", "31415", "a, b")} <= set(map(tuple, Page(text).rows)) and "e.csv, e.md, e.tex" in text
 
 
 def test_machine_and_versions_name_nobody():
