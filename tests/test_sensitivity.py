@@ -9,25 +9,25 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from aimfair.data import Augment, Faces, batches, normalize
+from aimfair.groups import biased_counts, take_groups
+from aimfair.models import classification_loss, head_of, narrow_resnet18
 from aimfair.sensitivity import (
-    biased_counts,
     block_parameters,
     blocks,
     cosine_distance,
+    gradient_pass,
     group_gradients,
-    group_indices,
     make_mask,
     mask_shares,
+    mask_size,
     mean_gradients,
-    partial_masks,
     plot_masks,
+    plot_sensitivity,
     random_parameters,
     rank_units,
     select_parameters,
     sensitivity_table,
-    take_groups,
 )
-from aimfair.training import head_of, narrow_resnet18
 
 
 def faces(n=64, seed=0):
@@ -75,6 +75,48 @@ def test_one_pass_answers_for_every_ratio(bias):
     for n in separate:  # and tensor by tensor, measured against the terms of the sum, which may cancel
         terms = sum(counts[g] / 180 * groups.mean[g][n].norm() for g in counts)
         assert (mixed[n] - separate[n]).norm() <= 1e-5 * terms + 1e-9
+
+
+@pytest.mark.parametrize(("n", "size", "passes"), [(64, 16, 1), (70, 16, 1), (40, 64, 1), (64, 24, 3)])
+def test_the_methods_pass_is_shuffled_augmented_and_in_whole_batches(n, size, passes):
+    "One stream of chance goes through all passes; written out with `batches` and autograd."
+    model, data, augment = narrow_resnet18(8), faces(n), Augment(scale=(0.5, 1.0))
+    ours = gradient_pass(model, data, batch_size=size, augment=augment, passes=passes, seed=5, device="cpu")
+    generator, probe, seen = torch.Generator().manual_seed(5), copy.deepcopy(model).train(), []
+    for _ in range(passes):
+        for x, y, *_ in batches(data, min(size, n), shuffle=True, drop_last=True, augment=augment, generator=generator):
+            assert len(x) == min(size, n)
+            loss = F.binary_cross_entropy_with_logits(probe(x)[:, 0], y.float())
+            seen.append(torch.autograd.grad(loss, list(probe.parameters())))
+    assert len(seen) == passes * max(1, n // size)
+    for name, *gradients in zip(ours, *seen, strict=True):
+        assert torch.allclose(ours[name], sum(gradients) / len(seen), atol=1e-6, rtol=1e-4)
+    again = gradient_pass(model, data, batch_size=size, augment=augment, passes=passes, seed=5, device="cpu")
+    other = gradient_pass(model, data, batch_size=size, augment=augment, passes=passes, seed=6, device="cpu")
+    assert all(torch.equal(ours[k], again[k]) for k in ours) and not torch.equal(ours["conv1.weight"], other["conv1.weight"])
+
+
+def test_a_pass_shows_a_bar_where_it_is_asked_to(capsys):
+    gradient_pass(narrow_resnet18(8), faces(32), batch_size=8, passes=2, device="cpu", progress=True, name="real")
+    shown = capsys.readouterr().err
+    assert "gradients, real" in shown and "8/8" in shown
+    gradient_pass(narrow_resnet18(8), faces(32), batch_size=8, device="cpu")
+    assert capsys.readouterr().err == ""
+
+
+def test_losses_of_gradients_are_told_rows_where_batches_know_them():
+    model, data, told = narrow_resnet18(8), faces(32), []
+
+    def loss_fn(logits, y, rows):
+        told.append(rows)
+        return 2 * classification_loss(logits, y)
+
+    plain = mean_gradients(model, batches(data, 16), device="cpu")
+    double = mean_gradients(model, batches(data, 16), loss_fn=loss_fn, device="cpu")
+    assert torch.cat(told).tolist() == list(range(32)) and torch.allclose(double["fc.bias"], 2 * plain["fc.bias"])
+    pairs = [(x, y) for x, y, *_ in batches(data, 16)]
+    told.clear()
+    assert torch.equal(mean_gradients(model, pairs, loss_fn=loss_fn, device="cpu")["fc.bias"], double["fc.bias"]) and told == [None, None]
 
 
 def test_augmented_passes_repeat_with_their_seed():
@@ -127,15 +169,6 @@ def test_nan_gradients_are_named():
     a, b = {"w": torch.zeros(3)}, {"w": torch.tensor([0, float("nan"), 0])}
     with pytest.raises(ValueError, match="gradient of w is not finite"):
         select_parameters(real=a, synthetic_biased=b, synthetic_balanced=a, k=1)
-
-
-def test_groups_are_taken_in_order_and_exactly():
-    data = faces(500)
-    counts = biased_counts(200)
-    where = group_indices(data)
-    taken = take_groups(data, counts)
-    expected = sorted(i for g, n in counts.items() for i in where[g][:n])
-    assert taken.ids.tolist() == [str(i) for i in expected]
 
 
 def some_gradients(seed=0, shapes=None):
@@ -200,7 +233,7 @@ def test_masks_grow_with_k_until_they_hold_everything(seed, grain, ks):
     assert all((large[n] | ~small[n]).all() for n in small)
     everything = chosen_elements(sets, ranking.mask(len(ranking) if grain == "tensor" else 1))
     assert all(m.all() for m in everything.values())
-    n = ranking.kept(high)
+    n = high if grain == "tensor" else max(1, round(high * len(ranking)))
     assert 2 * n - len(ranking) <= int(ranking.chosen(high).sum()) <= n
 
 
@@ -225,9 +258,9 @@ def test_a_share_out_of_range(grain, k):
 
 def test_errors_of_rankings_name_the_choices():
     sets = some_gradients()
-    with pytest.raises(ValueError, match="choose tensor, channel, element"):
+    with pytest.raises(ValueError, match="there are tensor, channel, element"):
         rank_units(**sets, grain="layer")
-    with pytest.raises(ValueError, match="choose absolute, cosine"):
+    with pytest.raises(ValueError, match="there are absolute, cosine"):
         select_parameters(**sets, measure="euclid")
     with pytest.raises(ValueError, match="from 1 to 5"):
         rank_units(**sets).mask("3")
@@ -319,7 +352,8 @@ def test_a_model_of_one_block():
     assert blocks(one) == {"head": ["1.weight", "1.bias"]}
     with pytest.raises(ValueError, match="head is the only block"):
         block_parameters(one, "head", others=True)
-    assert not any(name.startswith("but-") for name in partial_masks(one))
+    with pytest.raises(ValueError, match="head is the only block"):
+        make_mask(one, "but-head")
 
 
 def test_gradients_are_asked_for_only_where_a_mask_needs_them():
@@ -331,14 +365,15 @@ def test_gradients_are_asked_for_only_where_a_mask_needs_them():
         one = lambda: {n: torch.from_numpy(rng.normal(size=tuple(p.shape)).astype(np.float32)) for n, p in model.named_parameters()}  # noqa: E731
         return dict(real=one(), synthetic_biased=one(), synthetic_balanced=one())
 
-    for name in partial_masks(model):
+    for name in (*(f"random-{s}" for s in (40, 55, 70, 85)), *(f"{kind}-{b}" for b in blocks(model) for kind in ("only", "but")),
+                 "cosine", "absolute", "channel", "element"):
         before = len(asked)
         mask = make_mask(model, name, gradients=gradients)
         assert len(asked) - before == (name in ("cosine", "absolute", "channel", "element"))
         assert (mask_shares(model, mask) > 0).sum() == len(mask)
     assert make_mask(model, "absolute", gradients=gradients(), k=40) == select_parameters(**gradients(), k=40)
     for wrong in ("random-", "random-x", "only-", "only-layer9", "but-fc", "absolut", ""):
-        with pytest.raises(ValueError, match="choose "):
+        with pytest.raises(ValueError, match="there are "):
             make_mask(model, wrong)
     for wrong in ("random-0", "random-101"):
         with pytest.raises(ValueError, match="not in"):
@@ -352,6 +387,7 @@ def test_shares_of_a_mask_count_its_elements():
     shares = mask_shares(model, mask)
     assert shares["conv1.weight"] == shares["fc.weight"] == 0.25 and shares.sum() == 0.5
     assert mask_shares(model, {"fc.bias"}).sum() == 1
+    assert mask_size(model, mask) == (2, 2 * 3 * 3 * 3 + 16) and mask_size(model, {"conv1.weight", "fc.bias"}) == (2, 8 * 27 + 1)
     for wrong, message in (({"x": torch.tensor([True])}, "no parameter 'x'"), ({"fc.bias": torch.tensor([1.0])}, "is float32"),
                            ({"fc.bias": torch.ones(2, dtype=torch.bool)}, r"shape \(2,\); expected"),
                            ({"fc.bias": torch.ones(1, 1, 1, dtype=torch.bool)}, "expected booleans")):
@@ -365,3 +401,11 @@ def test_the_picture_of_masks_has_a_row_each():
     assert [t.get_text() for t in ax.get_yticklabels()] == ["head (2; 0 %)", "all (62; 100 %)"]
     values = ax.collections[0].get_array().reshape(2, 62)
     assert values.sum(1).tolist() == [2, 62]
+
+
+def test_the_picture_of_a_ranking_names_the_stages():
+    names = [n for n, _ in narrow_resnet18(8).named_parameters()]
+    g = {k: {n: torch.tensor([float(i * (j + 1) ** 2)]) for i, n in enumerate(names)} for j, k in enumerate(("a", "b", "c"))}
+    ax = plot_sensitivity(sensitivity_table(real=g["a"], synthetic_biased=g["b"], synthetic_balanced=g["c"], k=40)).axes[0]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
+    assert "(18 of 62 updated)" in ax.get_xlabel()

@@ -1,30 +1,19 @@
-"The training loop against PyTorch itself, and its faults: kills, wrong weights, odd models."
+"The training loop against PyTorch itself, and its faults: kills, masks, checkpoints, odd models."
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from faults import kill_when
 from torch import nn
 from torch.nn import functional as F
 
 from aimfair.data import Faces, normalize
-from aimfair.training import (
-    TrainConfig,
-    WeightsError,
-    accuracy,
-    create_model,
-    fit,
-    head_of,
-    load_weights,
-    narrow_resnet18,
-    predict,
-    read_weights,
-)
+from aimfair.models import classification_loss, narrow_resnet18
+from aimfair.training import TrainConfig, accuracy, create_model, fit, predict
 
 
 def faces(n=48, seed=0, size=32, classes=2):
@@ -146,95 +135,30 @@ def _train(tmp_path, name, checkpoint):
 
 def test_kill_nine_in_the_middle_changes_no_bit(tmp_path):
     assert _train(tmp_path, "whole.pt", None).wait() == 0
-    checkpoint, kills = tmp_path / "run.pt", 0
+    checkpoint = tmp_path / "run.pt"
     for _ in range(2):
-        process = _train(tmp_path, "resumed.pt", checkpoint)
         stamp = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == stamp):
-            time.sleep(0.002)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-    assert kills == 2
+        assert kill_when(_train(tmp_path, "resumed.pt", checkpoint), lambda: checkpoint.exists() and checkpoint.stat().st_mtime_ns != stamp)  # noqa: B023
     assert _train(tmp_path, "resumed.pt", checkpoint).wait() == 0
     whole, resumed = (torch.load(tmp_path / n, weights_only=True) for n in ("whole.pt", "resumed.pt"))
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
-class TestWeights:
-    def test_files_of_both_kinds(self, tmp_path):
-        from safetensors.torch import save_file
-        model = narrow_resnet18(n_outputs=3)
-        save_file(model.state_dict(), tmp_path / "a.safetensors")
-        torch.save(model.state_dict(), tmp_path / "a.pth")
-        torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "b.pth")
-        for name in ("a.safetensors", "a.pth", "b.pth"):
-            got = create_model("toy_resnet18", weights=tmp_path / name, n_outputs=3)
-            assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), got.state_dict().values(), strict=True))
-
-    def test_a_pickle_with_code_is_refused(self, tmp_path):
-        import pickle
-
-        class Evil:
-            def __reduce__(self):
-                return (Path(tmp_path / "ran").write_text, ("x",))
-
-        (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
-        torch.save(Evil(), tmp_path / "evil2.pth")
-        for name in ("evil.pth", "evil2.pth"):
-            with pytest.raises(WeightsError, match="state dict"):
-                read_weights(tmp_path / name)
-        assert not (tmp_path / "ran").exists()
-
-    @pytest.mark.parametrize("content", [b"", b"not weights", b"\x80\x02}q\x00."])
-    def test_files_that_are_no_weights(self, tmp_path, content):
-        for suffix in (".safetensors", ".pth"):
-            path = tmp_path / f"x{suffix}"
-            path.write_bytes(content)
-            with pytest.raises((WeightsError, RuntimeError)) as e:
-                load_weights(narrow_resnet18(8), read_weights(path))
-            assert "\n" not in str(e.value)
-
-    def test_no_network_is_one_line(self, monkeypatch):
-        def unreachable(*args, **kwargs):
-            raise OSError("unreachable")
-
-        monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
-        with pytest.raises(WeightsError, match="weights=PATH") as e:
-            create_model("resnet18", weights="IMAGENET1K_V1")
-        assert "\n" not in str(e.value)
-
-    def test_the_bundled_backbone_loads_and_learns_faster_than_from_nothing(self):
-        from aimfair import toyfaces
-        factors = toyfaces.sample_factors(700, seed=3)
-        y = toyfaces.annotations(factors)["Eyeglasses"].to_numpy()
-        data = Faces.from_arrays(toyfaces.draw(factors), y)
-        config = TrainConfig(epochs=3, batch_size=32, lr=0.02, milestones=(2,), scale=(0.7, 1.0))
-        score = {w: fit(create_model("toy_resnet18", weights=w), data.select(slice(0, 500)), data.select(slice(500, 700)), config=config,
-                        device="cpu", progress=False).val_accuracy for w in ("bundled", None)}
-        assert score["bundled"] > 0.85 and score["bundled"] > score[None]
-
-
-HEADS = [("resnet18", 64), ("efficientnet_b0", 64), ("vit_b_16", 224), ("squeezenet1_1", 64), ("densenet121", 64)]
-
-
-@pytest.mark.parametrize("name,size", HEADS)
-def test_torchvision_models_get_the_right_head(name, size):
-    if name == "squeezenet1_1":  # its head is a convolution
-        assert create_model(name).eval()(torch.zeros(2, 3, size, size)).shape == (2, 1)
-        return
-    model = create_model(name, n_outputs=1)
-    assert isinstance(model.get_submodule(head_of(model)), nn.Linear)
-    assert model.eval()(torch.zeros(1, 3, size, size)).shape == (1, 1)
+def test_the_bundled_backbone_learns_faster_than_from_nothing():
+    from aimfair import toyfaces
+    factors = toyfaces.sample_factors(700, seed=3)
+    y = toyfaces.annotations(factors)["Eyeglasses"].to_numpy()
+    data = Faces.from_arrays(toyfaces.draw(factors), y)
+    config = TrainConfig(epochs=3, batch_size=32, lr=0.02, milestones=(2,), scale=(0.7, 1.0))
+    score = {w: fit(create_model("toy_resnet18", weights=w), data.select(slice(0, 500)), data.select(slice(500, 700)), config=config,
+                    device="cpu", progress=False).val_accuracy for w in ("bundled", None)}
+    assert score["bundled"] > 0.85 and score["bundled"] > score[None]
 
 
 def test_a_timm_model_trains():
     pytest.importorskip("timm")
     model = create_model("timm/resnet10t", n_outputs=1)
-    assert head_of(model) == "fc"
     assert len(fit(model, faces(), None, config=PLAIN.model_copy(update={"epochs": 1}), device="cpu", progress=False).history) == 1
-    with pytest.raises(ValueError, match="timm has no model"):
-        create_model("timm/resnet10000")
 
 
 def test_a_network_that_needs_channels_first_trains():
@@ -265,3 +189,132 @@ def test_a_checkpoint_of_other_weights_or_images_is_refused(tmp_path):
     (tmp_path / "c.pt").write_bytes(b"half")
     with pytest.raises(ValueError, match="not a checkpoint"):
         start()
+
+
+def test_a_caller_may_say_what_else_makes_a_run_the_same(tmp_path):
+    def start(**about):
+        fit(Line(), faces(), None, config=PLAIN, checkpoint=tmp_path / "c.pt", device="cpu", progress=False, **about)
+
+    start(identity={"method": "mine", "settings": {"alpha": 0.5}})
+    start(identity={"settings": {"alpha": 0.5}, "method": "mine"})
+    for other in ({}, {"identity": {"method": "mine", "settings": {"alpha": 0.25}}}, {"identity": {"method": "mine"}}):
+        with pytest.raises(ValueError, match="other settings"):
+            start(**other)
+
+
+# what a loss is told
+
+def test_a_loss_is_told_the_rows_of_its_batch():
+    data, epochs = faces(90), []
+
+    def loss_fn(logits, y, rows):
+        assert rows.dtype == torch.int64 and rows.device.type == "cpu"
+        assert torch.equal(torch.from_numpy(data.target)[rows], y)
+        epochs[-1:] = [epochs[-1] + rows.tolist()] if epochs and len(epochs[-1]) < 90 else [*epochs[-1:], rows.tolist()]
+        return classification_loss(logits, y)
+
+    plain = fit(Line(), data, faces(40, seed=1), config=PLAIN, device="cpu", progress=False)
+    told = fit(Line(), data, faces(40, seed=1), config=PLAIN, loss_fn=loss_fn, device="cpu", progress=False)
+    assert len(epochs) == 3 and all(sorted(e) == list(range(90)) for e in epochs) and epochs[0] != epochs[1]
+    assert plain.history.equals(told.history) and torch.equal(plain.model.out.weight, told.model.out.weight)
+
+
+def test_memory_of_a_loss_survives_a_kill(tmp_path):
+    "What a loss remembers lives in buffers of the module; an interrupted run ends as an undisturbed one."
+    class Remembering(Line):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(48))
+
+        def loss(self, logits, y, rows):
+            self.seen[rows] += 1
+            return (classification_loss(logits, y) * self.seen[rows].mean()).sqrt()
+
+    def run(left=None, **more):
+        model = Remembering()
+
+        def loss_fn(logits, y, rows):
+            if left is not None and next(left, None) is None:
+                raise KeyboardInterrupt
+            return model.loss(logits, y, rows)
+
+        return fit(model, faces(), None, config=PLAIN, loss_fn=loss_fn, device="cpu", progress=False, **more)
+
+    whole = run()
+    assert whole.model.seen.tolist() == [3] * 48
+    with pytest.raises(KeyboardInterrupt):
+        run(iter(range(4)), checkpoint=tmp_path / "c.pt")  # in the second of three epochs of three batches
+    resumed = run(checkpoint=tmp_path / "c.pt")
+    assert torch.equal(whole.model.seen, resumed.model.seen) and torch.equal(whole.model.out.weight, resumed.model.out.weight)
+
+
+# masks
+
+def test_chosen_elements_move_as_in_numpy():
+    "SGD with momentum and decay, written out; what is left out keeps every bit."
+    data, mask = faces(64), {"out.weight": torch.tensor([[True, False, True]])}
+    config = PLAIN.model_copy(update={"batch_size": 64, "epochs": 4, "weight_decay": 0.3})
+    model = Line()
+    nn.init.constant_(model.out.weight, 0.7)
+    model = fit(model, data, None, config=config, trainable=mask, device="cpu", progress=False).model
+    x, y = normalize(data.gather(slice(None))).mean((2, 3)).double().numpy(), data.target
+    w, v = np.full(3, 0.7), np.zeros(3)
+    for epoch in range(4):
+        p = 1 / (1 + np.exp(-x @ w))
+        v = 0.9 * v + (p - y) @ x / 64 + 0.3 * w
+        w -= np.array([1, 0, 1]) * (0.1 if epoch < 2 else 0.01) * v
+    assert model.out.weight[0].detach().numpy() == pytest.approx(w, abs=1e-6)
+    assert model.out.weight[0, 1].item() == np.float32(0.7) and model.out.bias.item() == 0
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_run_with_a_mask_leaves_nothing_behind(interrupted):
+    "Afterwards the model and every other model train freely, and its state has no other names."
+    model, names = Line(), list(Line().state_dict())
+    model.out.bias.requires_grad_(False)
+
+    def loss_fn(logits, y, rows):
+        if interrupted:
+            raise KeyboardInterrupt
+        return classification_loss(logits, y)
+
+    def run():
+        mask = {"out.weight": torch.tensor([[True, False, False]])}
+        fit(model, faces(), None, config=PLAIN, trainable=mask, loss_fn=loss_fn, device="cpu", progress=False)
+
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    else:
+        run()
+    assert list(model.state_dict()) == names and [p.requires_grad for p in model.parameters()] == [True, False]
+    assert all(p.grad is None for p in model.parameters())
+    start = model.out.weight.detach().clone()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    model(torch.ones(1, 3, 4, 4)).sum().backward()
+    sgd.step()
+    assert (model.out.weight != start).all()
+
+
+def test_masks_that_do_not_fit_are_told_before_training():
+    def run(mask):
+        fit(Line(), faces(), None, config=PLAIN, trainable=mask, device="cpu", progress=False)
+
+    for mask, message in ((set(), "trains nothing"), ({}, "trains nothing"), ({"out.bias": torch.tensor([False])}, "trains nothing"),
+                          ({"out.bais"}, "Line has no parameter 'out.bais'"), ({"out.bias": torch.tensor([1])}, "is int64"),
+                          ({"out.weight": torch.ones(2, 3, dtype=torch.bool)}, r"broadcast to \(1, 3\)")):
+        with pytest.raises(ValueError, match=message):
+            run(mask)
+
+
+def test_checkpoints_of_other_masks_are_refused(tmp_path):
+    part = {"out.weight": torch.tensor([[True, False, True]])}
+
+    def run(mask):
+        fit(Line(), faces(), None, config=PLAIN, trainable=mask, checkpoint=tmp_path / "c.pt", device="cpu", progress=False)
+
+    run(part)
+    run({n: m.clone() for n, m in part.items()})
+    for other in ({"out.weight"}, {"out.weight": ~part["out.weight"]}, None):
+        with pytest.raises(ValueError, match="other settings"):
+            run(other)
