@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,8 +21,9 @@ from aimfair.finetuning import choose_k
 from aimfair.groups import group_indices, take_groups
 from aimfair.models import image_size, narrow_resnet18, read_weights
 from aimfair.pipeline import AIMFair, method
+from aimfair.repro import FineTune, Store, load_profile, mask_of, sensitivity
 from aimfair.sensitivity import mean_gradients
-from aimfair.training import TrainConfig, fit
+from aimfair.training import TrainConfig, fit, predict
 
 FOUR = [(0, 0), (0, 1), (1, 0), (1, 1)]
 BIASED = {(0, 1): 9, (1, 0): 9, (0, 0): 1, (1, 1): 1}
@@ -296,6 +299,29 @@ def test_global_random_state_is_neither_read_nor_moved(network, small):
         results.append(AIMFair(network, **RUN).fit(**small).model.state_dict())
         assert torch.equal(state, torch.get_rng_state())
     assert same_state(*results)
+
+
+# --- the experiments' numbers
+
+
+@pytest.mark.parametrize("settings", [{}, {"data.bias": "1/4", "mask.batch_size": 300, "mask.k": 40, "run.freeze_batchnorm": True}])
+def test_the_experiments_make_the_same_model(tmp_path, settings):
+    "From the images of a profile AIMFair makes the very model that the paper's experiments make, and measures it alike."
+    quick = {"synthetic.kind": "studio", "synthetic.pool": 45, "data.n_train": 600}
+    protocol = load_profile(Path(__file__).with_name("tiny.toml"), quick | settings).protocol
+    store, job = Store(tmp_path), FineTune(protocol, "selective", 3, "absolute")
+    images, biased_model = job.faces(store), job.biased_model.model(store)
+    aim = AIMFair(biased_model, k=protocol.mask.k, bias=protocol.data.bias, per_group=protocol.synthetic.per_group, majority="0_1,1_0",
+                  config=protocol.finetune, gradient_batch_size=protocol.mask.batch_size, seed=3, progress=False,
+                  freeze_batchnorm=protocol.run.freeze_batchnorm)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Gradients were taken in one batch")
+        result = aim.fit(real=images.train, synthetic=images.pool, val=images.val, held_out=images.held_out, test=images.test)
+    assert same_state(result.model.state_dict(), job.model(store).state_dict())
+    assert set(result.mask) == mask_of(protocol, 3, store)
+    pd.testing.assert_frame_equal(result.sensitivity, sensitivity(protocol, 3, store), check_exact=True)
+    right = predict(job.model(store), images.test)
+    assert result.report.value("test", "accuracy")[1] == (right.prediction == right.target).mean()
 
 
 # --- k chosen by itself
