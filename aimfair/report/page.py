@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Template
-from markupsafe import Markup
 
 from ..core import in_words, write_whole
 from .formats import Cell, TableText, templates
@@ -53,7 +52,7 @@ def _marks(
 
 
 def _through_door(value):
-    return value if isinstance(value, Markup) else without_paths(value)
+    return value if hasattr(value, "__html__") else without_paths(value)  # what a template made has been through it
 
 
 def _page_template(
@@ -143,7 +142,7 @@ def _csv_table(
 class Picture:
     "A PNG to embed."
     alt: str  # what it shows
-    source: Markup | None  # its bytes as a data URL; None for a damaged file
+    source: str  # its bytes as a data URL; nothing for a damaged file
     width: int = 0  # on a screen, in pixels
     height: int = 0
 
@@ -152,9 +151,9 @@ class Picture:
         "The picture at a size that suits a screen."
         data = path.read_bytes()
         if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
-            return cls(alt, None)
+            return cls(alt, "")
         width, height = (round(0.65 * int.from_bytes(data[i:i + 4], "big")) for i in (16, 20))
-        return cls(alt, Markup(f"data:image/png;base64,{base64.b64encode(data).decode()}"), width, height)
+        return cls(alt, f"data:image/png;base64,{base64.b64encode(data).decode()}", width, height)
 
 
 @dataclass(frozen=True)
