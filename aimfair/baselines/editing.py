@@ -32,8 +32,8 @@ def _strength_range(strength):
 
 class EditSettings(Settings):
     "How many faces are edited, and how."
-    n: int | None = Field(None, ge=1, description="training images that are edited, towards all protected classes; none: all")
-    steps: int = Field(20, ge=1, description="denoising steps from pure noise; an edit takes the share `strength` of them")
+    images: int | None = Field(None, ge=1, description="training images that are edited, towards all protected classes; none: all")
+    denoising_steps: int = Field(20, ge=1, description="from pure noise; an edit takes the share `strength` of them")
     strength: tuple[float, float] = Field((0.3, 0.7), description="range of the edits' degree, in [0, 1]")
 
     @field_validator("strength")
@@ -65,7 +65,7 @@ def edit_plan(
     prompts: Prompts,  # {"t_p": [prompts]}, or a function of target and protected class
     *, protected: tuple[int, ...] = (0, 1),  # the classes that every face is edited towards
     strength: float | tuple[float, float] = EditSettings().strength,  # degree of the edit in [0, 1], or the range it is drawn from
-    steps: int = EditSettings().steps,  # of a denoising from pure noise; an edit takes the share `strength` of them
+    steps: int = EditSettings().denoising_steps,  # of a denoising from pure noise; an edit takes the share `strength` of them
     seed: int = 0,
 ) -> pd.DataFrame:  # one row an edit: row, id, target, protected, prompt, strength, steps, seed
     "What `edit_protected` will do to each face; an edit depends on the face's id and the seed alone. Raises `ValueError`."
@@ -112,7 +112,7 @@ def edit_protected(
     strength: float | tuple[float, float] = EditSettings().strength,  # degree of the edit in [0, 1], or its range
     guidance_scale: float = 7.5,
     negative_prompt: str | None = None,
-    steps: int = EditSettings().steps,  # of a denoising from pure noise; an edit takes the share `strength` of them
+    steps: int = EditSettings().denoising_steps,  # of a denoising from pure noise; an edit takes the share `strength` of them
     size: int | None = None,  # pixels at which the pipeline works; None: those it was made for
     seed: int = 0,
     batch_size: int = 16,  # changes the speed only

@@ -75,6 +75,11 @@ class Baseline:
     needs: tuple[str, ...]  # further arguments that `train` must be given
     passes: Callable[[Settings, TrainConfig], float]  # how many times all images of its epochs are learnt from; ERM: once
 
+    @property
+    def slug(self) -> str:
+        "The name as profiles write it, such as cvar_dro."
+        return self.name.lower().replace(" ", "_")
+
 
 BASELINES: dict[str, Baseline] = {}
 
