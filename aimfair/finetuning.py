@@ -23,7 +23,7 @@ from .groups import Group, group_name, group_sizes, take_groups
 from .metrics import fairness_report
 from .models import head_of
 from .sensitivity import Gradients, Ranking, mask_size, paper_k, rank_units
-from .training import Fitted, Mask, TrainConfig, accuracy, fit, moving, predict
+from .training import Fitted, Mask, TrainConfig, accuracy, fit, moving_tensors, predict
 
 # %% ../nbs/12_finetuning.ipynb #4bc573ce
 Strategy = Literal["selective", "full", "linear_probe"]
@@ -42,9 +42,9 @@ def trainable_parameters(
         return {n for n in names if n.startswith(head_of(model) + ".")}
     if strategy != "selective":
         raise ValueError(unknown("fine-tuning strategy", strategy, ("selective", "full", "linear_probe")))
-    if not moving(mask or set()):
+    if not moving_tensors(mask or set()):
         raise ValueError("selective fine-tuning needs a mask with at least one tensor; select_parameters makes one")
-    return moving(mask)
+    return moving_tensors(mask)
 
 # %% ../nbs/12_finetuning.ipynb #efb4a67c
 FINETUNE = TrainConfig(epochs=10, lr=0.06)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Mask', 'Loss', 'BACKBONE_ATTRIBUTES', 'BACKBONE_FACTORS', 'TrainConfig', 'predict_logits', 'predict', 'accuracy',
-           'check_mask', 'moving', 'Fitted', 'fit', 'pretrain_backbone', 'save_backbone']
+           'check_mask', 'moving_tensors', 'Fitted', 'fit', 'pretrain_backbone', 'save_backbone']
 
 # %% ../nbs/10_training.ipynb #20e9374c
 import json
@@ -120,7 +120,7 @@ def check_mask(
             _check_fits(name, chosen, own[name].shape)
 
 
-def moving(
+def moving_tensors(
     mask: Mask,
 ) -> set[str]:
     "Names of the tensors of which a mask lets something move."
@@ -133,7 +133,7 @@ def _only_trainable(model, mask):
     own = dict(model.named_parameters())
     if mask is not None:
         check_mask(model, mask)
-    names = set(own) if mask is None else moving(mask)
+    names = set(own) if mask is None else moving_tensors(mask)
     if not names:
         raise ValueError("an empty set of parameters trains nothing; choose a larger k")
     before = {n: p.requires_grad for n, p in own.items()}
