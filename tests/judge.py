@@ -25,9 +25,10 @@ def train_judge(n=7000, epochs=5, seed=91):
     wanted = torch.from_numpy(labels).float()
     config = TrainConfig(epochs=epochs, batch_size=64, lr=0.05, milestones=(epochs - 2, epochs - 1), scale=(0.8, 1.0))
     model = create_model("toy_resnet18", weights="bundled", n_outputs=3)
-    faces = Faces.from_arrays(images, np.arange(n))  # a face's target is its row, so that one loss can ask three questions
-    return fit(model, faces, None, config=config, loss_fn=lambda z, rows: F.binary_cross_entropy_with_logits(z, wanted[rows]),
-               progress=False).model
+
+    def three_questions(logits, _, rows):
+        return F.binary_cross_entropy_with_logits(logits, wanted[rows])
+    return fit(model, Faces.from_arrays(images, np.zeros(n)), None, config=config, loss_fn=three_questions, progress=False).model
 
 
 def right(model, images, labels):

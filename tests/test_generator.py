@@ -9,7 +9,7 @@ import torch
 from judge import NAMES, asked, balanced, right, train_judge
 
 from aimfair import t2i, toyfaces
-from aimfair.synthesis import BUNDLED, features, load_generator, nearest_distance, resolve_config
+from aimfair.synthesis import features, generator_source, load_generator, nearest_distance, resolve_config
 
 BARS = {"Smiling": 0.92, "Male": 0.95, "Young": 0.90}  # share of images that show what was asked
 WITHIN = 0.05  # by which a single group or skin tone, with fewer images, may fall short of a bar
@@ -27,11 +27,12 @@ def draw(pipe, texts, seed=0, batch=32):
 
 
 def test_the_folder_is_small_and_complete():
-    files = [f for f in BUNDLED.rglob("*") if f.is_file()]
+    folder = t2i.bundled()
+    files = [f for f in folder.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 16 * 2**20
     assert {f.name for f in files} >= {"model_index.json", "aimfair.json"}
-    assert {f.name for f in BUNDLED.iterdir()} >= {"tokenizer", "text_encoder", "vae", "unet", "scheduler"}
-    assert t2i.bundled() == BUNDLED
+    assert {f.name for f in folder.iterdir()} >= {"tokenizer", "text_encoder", "vae", "unet", "scheduler"}
+    assert generator_source("bundled") == (str(folder), True)
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,22 @@
 "The recipe of the small text-to-image model: captions, words, the exact encoder, and training that survives."
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from faults import interrupt_at, kill_when
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from aimfair import t2i, toyfaces
-from aimfair.data import DataError
+from aimfair.data import DataError, DataWarning
 
 TINY = {"decoder_steps": 6, "decoder_batch": 4, "decoder_width": 8, "channels": (16, 32), "head_dim": 16, "text_width": 32,
         "text_layers": 1, "tokens": 24, "vocabulary": 640, "steps": 8, "batch_size": 4,
@@ -90,20 +88,18 @@ def test_the_encoder_is_the_principal_components(faces):
     assert np.isclose(np.sqrt(np.mean((z * vae.config.scaling_factor) ** 2)), 1, atol=0.05)
 
 
-def test_fewer_components_keep_the_most_weighted_contrast(faces):
-    images = faces[0]
-    mean, directions, _ = t2i.patch_components(images, 6)
-    rows = t2i._patches(t2i._pixels(images, slice(None))).double()
-    weight = 0.5 / ((rows.mean(1, keepdim=True) + 1) / 2 + 0.08)
-    centred = ((rows - mean) * weight).numpy()
-
-    def lost(basis):
-        return np.square(centred - centred @ basis.T @ basis).sum()
-
-    random = np.linalg.qr(np.random.default_rng(0).normal(size=(48, 6)))[0].T
-    assert lost(directions.double().numpy()) < 0.5 * lost(random)
-    singular = np.linalg.svd(centred, compute_uv=False)
-    assert np.isclose(lost(directions.double().numpy()), np.square(singular[6:]).sum(), rtol=1e-3)
+def test_components_keep_contrast_not_brightness():
+    "Stripes of 50 % on a dark ground are kept before stripes of 10 % on a light one, although these differ by more in pixels."
+    def striped(ground, contrast, phase, along):
+        stripes = np.where(np.arange(16) % 4 < 2, phase, -phase) * contrast * ground
+        return np.broadcast_to((ground + stripes)[:, None] if along else ground + stripes, (3, 16, 16))
+    dark, light = ([striped(*kind, phase, along) for phase in (1, -1)] for kind, along in (((0.1, 0.5), True), ((0.9, 0.1), False)))
+    assert np.abs(dark[0] - dark[1]).max() < np.abs(light[0] - light[1]).max()
+    images = (np.stack([*dark, *light] * 8) * 255).round().astype(np.uint8)
+    vae = t2i.create_autoencoder(images, t2i.T2IConfig(**TINY | {"latent_channels": 2}))  # one goes to light and dark, one is left
+    with torch.no_grad():
+        z = vae.encoder(torch.from_numpy(images[:4] / 127.5 - 1).float())
+    assert (z[0] - z[1]).norm() > 10 * (z[2] - z[3]).norm()
 
 
 def test_the_loss_weighs_contrast_not_brightness():
@@ -163,52 +159,29 @@ def test_unfit_images_and_captions_are_told(faces, tmp_path, change, message):
         t2i.train_t2i(*change(*faces), out=tmp_path, config=t2i.T2IConfig(**TINY), progress=False)
 
 
-def test_steps_are_functions_of_their_number(faces):
-    "The state after 8 steps is the same whether or not they were interrupted."
-    images, captions = faces
-
-    def run(out, stop=None):
-        real = t2i._denoising_loss
-
-        def cut(*args):
-            loss_of = real(*args)
-
-            def loss(step):
-                if step == stop:
-                    raise KeyboardInterrupt
-                return loss_of(step)
-            return loss
-        t2i._denoising_loss = cut
-        try:
-            t2i.train_t2i(images, captions, out=out, config=t2i.T2IConfig(**TINY), progress=False)
-        finally:
-            t2i._denoising_loss = real
-
-    import tempfile
-    with tempfile.TemporaryDirectory() as folder:
-        whole, parts = Path(folder) / "whole", Path(folder) / "parts"
-        run(whole)
-        with pytest.raises(KeyboardInterrupt):
-            run(parts, stop=5)
-        assert not (parts / "model_index.json").exists()
-        run(parts)
-        for name in ("unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"):
-            assert (whole / f"{name}.safetensors").read_bytes() == (parts / f"{name}.safetensors").read_bytes(), name
+@pytest.mark.parametrize("call", [4, 6 + 6])  # in the decoder's training, and in the denoiser's
+def test_an_interrupted_run_ends_as_a_whole_one(trained, faces, tmp_path, monkeypatch, call):
+    interrupt_at(monkeypatch, torch.Tensor, "backward", call)
+    with pytest.raises(KeyboardInterrupt):
+        t2i.train_t2i(*faces, out=tmp_path, config=t2i.T2IConfig(**TINY), progress=False)
+    assert not (tmp_path / "model_index.json").exists()
+    monkeypatch.undo()
+    t2i.train_t2i(*faces, out=tmp_path, config=t2i.T2IConfig(**TINY), progress=False)
+    for name in ("unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"):
+        assert (trained / f"{name}.safetensors").read_bytes() == (tmp_path / f"{name}.safetensors").read_bytes(), name
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path):
     script = (f"from aimfair import t2i; t2i.train_t2i(*t2i.drawn_faces(24, seed=7, per_face=2), out={str(tmp_path / 'x')!r}, "
               f"config=t2i.T2IConfig(**{TINY | {'steps': 40}!r}), progress=False)")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for wait in (6, 9):
-        process = subprocess.Popen([sys.executable, "-c", script], env=environment)
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=300)
+    work = tmp_path / "x/training"
+    for ready in (lambda: (work / "decoder.pt").exists(), lambda: (work / "denoiser.pt").exists()):
+        assert kill_when(subprocess.Popen([sys.executable, "-c", script]), ready)
+    assert not (tmp_path / "x/model_index.json").exists()
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
     assert (tmp_path / "x" / "model_index.json").is_file()
-    assert len((tmp_path / "x/training/log.jsonl").read_text().splitlines()) >= 5
+    assert len((work / "log.jsonl").read_text().splitlines()) >= 5
 
 
 # ---------------------------------------------------------------- faces of one's own
@@ -234,6 +207,44 @@ def test_captions_in_a_table(folder, name):
     rows.to_json(folder / name, orient="records", lines=True) if name.endswith("l") else rows.to_csv(folder / name, index=False)
     images, captions = t2i.captioned_faces(folder, size=16, cache=folder / "cache")
     assert captions == [["a", "a"], ["b", "c"]], "images have equally many captions"
+
+
+@pytest.fixture
+def nested(tmp_path):
+    "Data with captions in subfolders, some names twice, and a folder of test images that are copies of some."
+    for i, name in enumerate(["train/0.png", "train/1.png", "test/1.png", "test/2.png"]):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (60 * i, 90, 10)).save(tmp_path / "data" / name)
+        (tmp_path / "data" / name).with_suffix(".txt").write_text(name)
+    (tmp_path / "aside/deep").mkdir(parents=True)
+    shutil.copy(tmp_path / "data/train/0.png", tmp_path / "aside/deep/0.png")
+    shutil.copy(tmp_path / "data/test/2.png", tmp_path / "aside/2.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("exclude", "left"), [
+    (["0.png"], ["test/1.png", "test/2.png", "train/1.png"]),  # a name, wherever it lies
+    (["1.png", "2.png"], ["train/0.png"]),
+    (["test/1.png"], ["test/2.png", "train/0.png", "train/1.png"])])  # a path means one image
+def test_images_stay_out_by_name_and_by_path(nested, exclude, left):
+    _, captions = t2i.captioned_faces(nested / "data", size=16, exclude=exclude, cache=nested / "cache")
+    assert captions == [[name] for name in left]
+
+
+@pytest.mark.parametrize(("exclude", "images"), [("aside", 2), ("data/test", 2)])
+def test_the_command_leaves_out_images_in_subfolders(nested, exclude, images):
+    settings = TINY | {"size": 16, "decoder_steps": 1, "steps": 1, "batch_size": 2, "decoder_batch": 2}
+    t2i.train_command(str(nested / "data"), out=nested / "out", settings=settings, exclude=nested / exclude, device="cpu", progress=False)
+    assert json.loads((nested / "out/aimfair.json").read_text())["images"] == images
+
+
+def test_names_to_exclude_that_none_has_are_told(nested):
+    with pytest.warns(DataWarning, match="none of the 1 names to exclude is among its 4 images"):
+        t2i.captioned_faces(nested / "data", size=16, exclude=["9.png"], cache=nested / "cache")
+    with pytest.raises(DataError, match="no images are left"):
+        t2i.captioned_faces(nested / "data", size=16, exclude=["0.png", "1.png", "2.png"], cache=nested / "cache")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        t2i.train_command(str(nested / "data"), out=nested / "out", exclude=nested / "nowhere")
 
 
 def test_folders_without_captions_are_told(folder, tmp_path):
