@@ -9,10 +9,22 @@ import pytest
 from tiny_pipelines import save, stable_diffusion
 
 from aimfair import cli
-from aimfair.experiments import classifier_cost, diagnose, disk_needed, load_profile, run, settings_of, work
+from aimfair.experiments import run
+from aimfair.repro import (
+    Images,
+    Plan,
+    Store,
+    classifier_cost,
+    diagnose,
+    disk_needed,
+    load_profile,
+    n_models,
+    paper_seeds,
+    rows,
+    settings_of,
+)
 
 SEVEN = ["ERM", "Synthetic only", "Real + synthetic", "Data repairing", "Linear probing", "Full fine-tuning", "AIM-Fair"]
-has_command = pytest.mark.skipif(not hasattr(cli, "doctor"), reason="the command is not there")
 
 
 @pytest.fixture(autouse=True)
@@ -84,53 +96,72 @@ class TestProtocol:
         assert [p.finetune.lr_at(e) for e in range(10)] == pytest.approx([0.06] * 10)
 
     def test_the_synthetic_sets_have_the_sizes_of_the_paper(self):
-        from aimfair.data import _cell_sizes
+        from aimfair.groups import biased_counts
 
         p = load_profile("paper")
-        assert _cell_sizes(p.data.n, p.data.bias) == {(0, 0): 1000, (0, 1): 9000, (1, 0): 9000, (1, 1): 1000}
+        assert biased_counts(p.data.n, p.data.bias) == {(0, 0): 1000, (0, 1): 9000, (1, 0): 9000, (1, 1): 1000}
         assert p.synthetic.pool == 9000 and 4 * p.synthetic.per_group == p.data.n  # synthetic : real = 1 : 1
 
     def test_images_are_stored_at_the_size_of_the_data(self, tmp_path):
-        from aimfair.experiments import image_jobs
-
-        (job,) = image_jobs(load_profile("paper")).values()
-        assert {k: job.stage.config[k] for k in ("size", "resize", "steps", "guidance_scale", "scheduler", "dtype")} == {
+        (job,) = Images.of(load_profile("paper")).all_makers
+        assert {k: job.artifact.config[k] for k in ("size", "resize", "steps", "guidance_scale", "scheduler", "dtype")} == {
             "size": 512, "resize": 224, "steps": 50, "guidance_scale": 9.0, "scheduler": "DDIMScheduler", "dtype": "float16"}
 
     def test_prompts_ship_for_each_setting_of_the_paper(self):
-        from aimfair.experiments import prompts_of
+        from aimfair.repro import prompts_of
 
         for changes in ({}, {"data.protected": "Young"}, {"data.target": "Young"},
                         {"data.kind": "utkface", "data.target": "gender", "data.protected": "ethnicity"}):
-            prompts = prompts_of(load_profile("paper", changes))
+            profile = load_profile("paper", changes)
+            prompts = prompts_of(profile.data, profile.synthetic)
             assert {len(p) for p in prompts.groups.values()} == {50} and prompts.provenance["backend"] != "grammar"
+
+
+def planned(store, methods, **settings):
+    "A plan of some methods of the paper's profile, on a machine without data."
+    profile = load_profile("paper", settings)
+    return Plan(profile, {"": rows(methods)}, paper_seeds(profile.run.seeds), Store(store), check=False)
+
+
+def work_by_stage(plan):
+    "[models, images learnt from, images looked at] of every stage, added up from its jobs."
+    found = {}
+    for job in plan.jobs.values():
+        found.setdefault(job.stage, []).append(job.work)
+    return {stage: [sum(getattr(w, what) for w in works) for what in ("models", "learnt", "seen")] for stage, works in found.items()}
 
 
 class TestCounts:
     "What there is to do, counted by hand."
 
-    def test_work_of_the_seven_strategies(self):
-        got = work(load_profile("paper"), SEVEN, n_val=19_867, n_test=19_962)
+    def test_work_of_the_seven_strategies(self, tmp_path):
+        got = work_by_stage(planned(tmp_path, SEVEN))
         # four trainings on 20,000 real, 20,000 synthetic, 40,000 of both, and 20,000 + 2 x 8,000 repaired; 15 epochs; ten seeds
-        assert got.loc["train"].tolist() == [40, 10 * 15 * (20_000 + 20_000 + 40_000 + 36_000), 10 * 4 * 15 * 19_867]
-        assert got.loc["finetune"].tolist() == [30, 10 * 3 * 10 * 20_000, 10 * 3 * 10 * 19_867]
-        assert got.loc["gradients"].tolist() == [0, 10 * 3 * 20_000, 0]
-        assert got.loc["predictions"].tolist() == [0, 0, 10 * 7 * 19_962]
+        assert got["train"] == [40, 10 * 15 * (20_000 + 20_000 + 40_000 + 36_000), 10 * 4 * 15 * 19_867]
+        assert got["finetune"] == [30, 10 * 3 * 10 * 20_000, 10 * 3 * 10 * 19_867]
+        assert got["gradients"] == [0, 10 * 3 * 20_000, 0]
+        assert got["predictions"] == [0, 0, 10 * 7 * 19_962]
 
-    def test_a_method_that_fine_tunes_needs_the_biased_model_once(self):
-        p = load_profile("paper", {"run.seeds": 2})
-        assert work(p, ["ERM", "AIM-Fair"]).models.to_dict() == work(p, ["AIM-Fair"]).models.to_dict()
-        assert work(p, ["AIM-Fair"]).models.sum() == 2 * 2
+    def test_a_method_that_fine_tunes_needs_the_biased_model_once(self, tmp_path):
+        both, alone = (planned(tmp_path, methods, **{"run.seeds": 2}) for methods in (["ERM", "AIM-Fair"], ["AIM-Fair"]))
+        assert n_models(both.jobs.values()) == n_models(alone.jobs.values()) == 2 * 2
 
-    def test_counts_follow_the_profile(self):
-        base, half = (work(load_profile("paper", s), ["ERM"]) for s in ({}, {"data.n": 10_000, "train.epochs": 5, "run.seeds": 1}))
-        assert base.learnt.sum() == 60 * half.learnt.sum()
+    def test_counts_follow_the_profile(self, tmp_path):
+        base = work_by_stage(planned(tmp_path, ["ERM"]))
+        part = work_by_stage(planned(tmp_path, ["ERM"], **{"data.n": 10_000, "train.epochs": 5, "run.seeds": 1}))
+        assert base["train"][1] == 60 * part["train"][1]
 
-    def test_disk(self):
-        needed = disk_needed(load_profile("paper"), SEVEN, n_val=19_867, n_test=19_962, parameters=11_177_025)
+    def test_disk(self, tmp_path):
+        needed = disk_needed(planned(tmp_path, SEVEN))
         image = 224 * 224 * 3
         assert needed == {"decoded images": (20_000 + 19_867 + 19_962 + 36_000) * image, "generated images": 36_000 * image,
                           "models": 70 * 4 * 11_177_025, "gradients": 10 * 3 * 4 * 11_177_025}
+
+    def test_the_doctor_counts_what_the_plan_counts(self, tmp_path):
+        found, plan = diagnose("paper", tmp_path, methods=SEVEN), planned(tmp_path, SEVEN)
+        train = rows_of(found).loc["time to train"]
+        assert f"{n_models(plan.jobs.values())} models" in train.found
+        assert f"{sum(job.work.learnt for job in plan.jobs.values()):,} images to learn from" in train.needed
 
     def test_cost_of_resnet18(self):
         operations, parameters = classifier_cost(load_profile("paper").model, 224)
@@ -142,7 +173,7 @@ class TestCounts:
 
 class TestDiagnosis:
     def test_a_bare_machine_lacks_data_generator_and_weights_and_each_has_a_remedy(self, tmp_path):
-        found = diagnose("paper", store=tmp_path / "runs")
+        found = diagnose("paper", store=tmp_path / "runs", methods=SEVEN)
         rows = rows_of(found)
         assert not found.ok and {"data", "generator", "classifier"} <= set(found.missing) <= {"data", "generator", "classifier", "disk"}
         assert (rows.needed[rows.state == "missing"].str.len() > 0).all()
@@ -218,8 +249,15 @@ class TestDiagnosis:
 
         full = shutil.disk_usage(tmp_path)._replace(free=10**9)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-        row = rows_of(diagnose("paper", store=tmp_path / "runs")).loc["disk"]
+        row = rows_of(diagnose("paper", store=tmp_path / "runs", methods=SEVEN)).loc["disk"]
         assert row.state == "missing" and row.found.startswith("1.0 GB free") and "decoded images 14.4 GB" in row.needed
+
+    def test_drawn_utkface_asks_for_no_data(self, tmp_path):
+        settings = {"data.kind": "toy-utkface", "data.target": "gender", "data.protected": "ethnicity", "data.n": 400, "data.n_train": 4000,
+                    "synthetic.pool": 200, "synthetic.per_group": 100, "synthetic.held_out": 0}
+        for profile, changes in (("toy", {}), ("toy", settings)):
+            found = diagnose(profile, settings=changes, store=tmp_path)
+            assert found.ok and not found.rows.found.str.contains("CelebA").any() and not found.rows.needed.str.contains("authors").any()
 
     def test_a_typo_is_one_line(self):
         with pytest.raises(ValueError, match="no profile 'papre'.*paper") as e:
@@ -257,7 +295,6 @@ class TestRealImages:
         assert row.state == "missing" and "Smiling" in row.found
 
 
-@has_command
 class TestCommand:
     def test_it_ends_with_1_where_something_is_missing(self, tmp_path, capsys):
         assert cli.main(["doctor", "--store", str(tmp_path)]) == 1

@@ -14,11 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 EXPERIMENTS = [path for path in NOTEBOOKS if path.parent.name == "experiments"]
-MODULES = sorted(path for path in (ROOT / "aimfair").glob("*.py") if not path.stem.startswith("_"))
-# in the order the data flow: a module imports only modules to its left
-ORDER = (
-    "metrics data toyfaces prompts t2i synthesis training sensitivity finetuning baselines pipeline report experiments cli"
-).split()
+MODULES = sorted(path for path in (ROOT / "aimfair").rglob("*.py") if path.name != "_modidx.py" and path.parent.name != "assets")
 
 MACHINE_PATH = re.compile(r"(?<![\w.:/<-])/(?:home|root|tmp|work|Users|private|opt|mnt|srv|var)/[\w.]|\b[A-Z]:\\\\?Users\b")
 SECRET = re.compile(
@@ -79,8 +75,8 @@ def exported(copy):
 
 def test_modules_in_sync_with_notebooks(exported):
     "What the notebooks export is what is committed, byte for byte; no module is without a notebook."
-    fresh = {path.name: path.read_bytes() for path in exported.glob("*.py")}
-    committed = {path.name: path.read_bytes() for path in (ROOT / "aimfair").glob("*.py")}
+    fresh, committed = ({path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*.py")}
+                        for root in (exported, ROOT / "aimfair"))
     # __init__.py: nbdev writes the version into it, and keeps the rest
     fresh.pop("__init__.py")
     committed.pop("__init__.py")
@@ -163,26 +159,80 @@ def test_links_lead_somewhere():
                 assert ":" in target or (path.parent / target).exists(), f"{notebook_id(path)} links to {target}, which is not there"
 
 
-def imported_modules(tree):
-    "Names of the sibling modules that are imported anywhere in a module, inside functions too."
-    for node in ast.walk(tree):
+def module_of(path):
+    "The module that a notebook is exported to, or None."
+    names = [match[1] for cell in cells(path) if (match := re.match(r"#\s*\|\s*default_exp (\S+)", source(cell)))]
+    return f"aimfair.{names[0]}".removesuffix(".__init__") if names else None
+
+
+def reading_order():
+    "Modules in the order of their chapters. The face of a room, its `__init__`, is read first, but it knows all that is in the room."
+    chapters = [path for path in NOTEBOOKS if module_of(path)]
+    last = {path.parent: max(p for p in chapters if p.parent == path.parent) for path in chapters if path.parent.name != "nbs"}
+
+    def place(path):
+        return last[path.parent].with_suffix(".x") if path.name.startswith("00_") and path.parent in last else path
+
+    return [module_of(path) for path in sorted(chapters, key=place)]
+
+
+ORDER = reading_order()
+
+
+def name_of(path):
+    "The dotted name of a module's file."
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path):
+    "Names of our modules that are imported anywhere in a module, inside functions too."
+    package = name_of(path).split(".") if path.name == "__init__.py" else name_of(path).split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            package = "aimfair." if node.level else ""
-            base = package + (node.module or "")
-            names = [base, *(f"{base.rstrip('.')}.{alias.name}" for alias in node.names)]
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
         else:
             continue
-        yield from (name.split(".")[1] for name in names if name.startswith("aimfair.") and name.split(".")[1] in ORDER)
+        yield from (name for name in names if name in ORDER)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parent.name != "aimfair" or path.stem != "__init__"], ids=name_of)
 def test_module_imports_only_modules_above_it(path):
-    assert path.stem in ORDER, f"{path.stem} has no place in the list of modules"
-    above = ORDER[: ORDER.index(path.stem)]
-    below = sorted(set(imported_modules(ast.parse(path.read_text(encoding="utf-8")))) - set(above))
-    assert not below, f"aimfair.{path.stem} imports {', '.join(below)}, which it must not know"
+    assert name_of(path) in ORDER, f"{name_of(path)} has no chapter"
+    above = ORDER[: ORDER.index(name_of(path))]
+    below = sorted(set(imported_modules(path)) - {*above, name_of(path)})
+    assert not below, f"{name_of(path)} imports {', '.join(below)}, which it must not know"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_module_has_a_size_that_one_can_read(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 600
+
+
+def exported_cells(path):
+    "Positions, among the code cells, and lines of the cells that a notebook exports; and all code cells."
+    code = [source(cell) for cell in cells(path) if cell["cell_type"] == "code"]
+    return [(n, text.strip().count("\n")) for n, text in enumerate(code) if re.match(r"\s*#\s*\|\s*export", text)], code
+
+
+def test_exported_cells_are_short():
+    lengths = [(lines, notebook_id(path)) for path in NOTEBOOKS for _, lines in exported_cells(path)[0]]
+    assert max(lengths)[0] <= 60, f"a cell of {max(lengths)[0]} lines in {max(lengths)[1]}"
+    assert sum(lines > 30 for lines, _ in lengths) <= len(lengths) / 10, "nine exported cells in ten have at most 30 lines"
+
+
+@each_notebook
+def test_every_exported_idea_is_shown(path):
+    "Below each exported function or class, and above the next, stands an example or a test."
+    exported, code = exported_cells(path)
+    ends = [n for n, _ in exported[1:]] + [len(code)]
+    for (n, _), end in zip(exported, ends, strict=True):
+        names = re.findall(r"^(?:def|class) (\w+)", code[n], re.M)
+        assert not names or any(text.strip() for text in code[n + 1 : end]), f"nothing shows {', '.join(names)}"
 
 
 def python_examples(text):

@@ -169,8 +169,8 @@ class TestInstalledWheel:
         run(installed / "python", "-m", "pip", "check", cwd=tmp_path)
 
     def test_every_module_imports_without_extras(self, installed, tmp_path):
-        names = [path.stem for path in (ROOT / "aimfair").glob("*.py") if not path.stem.startswith("_")]
-        run(installed / "python", "-c", "; ".join(f"import aimfair.{name}" for name in names), cwd=tmp_path)
+        paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "aimfair").rglob("*.py") if not path.stem.startswith("_")]
+        run(installed / "python", "-c", "; ".join(f"import {'.'.join(path.parts)}" for path in paths), cwd=tmp_path)
 
     def test_help(self, installed, tmp_path):
         assert "reproduce" in run(installed / "aimfair", "--help", cwd=tmp_path)
