@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mask_shares', 'mask_size', 'random_parameters', 'blocks', 'block_parameters', 'make_mask']
 
-# %% ../../nbs/11_sensitivity/03_masks.ipynb #63093193
+# %% ../../nbs/11_sensitivity/03_masks.ipynb #b23b337b
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from .gradients import Gradients
 from .ranking import rank_units
 from ..training import Mask, check_mask
 
-# %% ../../nbs/11_sensitivity/03_masks.ipynb #d48e12cc
+# %% ../../nbs/11_sensitivity/03_masks.ipynb #19a6ce6a
 def mask_shares(
     model: nn.Module,
     mask: Mask,
@@ -40,7 +40,7 @@ def mask_size(
     sizes = pd.Series({n: p.numel() for n, p in model.named_parameters()})
     return int((shares > 0).sum()), round(float((shares * sizes).sum()))
 
-# %% ../../nbs/11_sensitivity/03_masks.ipynb #9e9bb62c
+# %% ../../nbs/11_sensitivity/03_masks.ipynb #72573b11
 def random_parameters(
     model: nn.Module,
     share: float,  # of the tensors, in (0, 1]
@@ -53,7 +53,7 @@ def random_parameters(
     order = np.random.default_rng(seed).permutation(len(names))
     return {names[i] for i in order[: max(1, round(share * len(names)))]}
 
-# %% ../../nbs/11_sensitivity/03_masks.ipynb #f2427b4f
+# %% ../../nbs/11_sensitivity/03_masks.ipynb #0de0e823
 def _halved(names):
     "Block of every tensor: its first-level module, or a deeper one where that would hold more than half of all."
     block = {n: n.split(".")[0] for n in names}
@@ -79,7 +79,7 @@ def blocks(
         found.setdefault("stem" if block in before else block, []).append(name)
     return found
 
-# %% ../../nbs/11_sensitivity/03_masks.ipynb #1e14ce83
+# %% ../../nbs/11_sensitivity/03_masks.ipynb #68f5ce89
 def block_parameters(
     model: nn.Module,
     block: str,  # a key of `blocks(model)`
@@ -95,7 +95,7 @@ def block_parameters(
         raise ValueError(f"{block} is the only block of {type(model).__name__}: nothing is left without it")
     return names
 
-# %% ../../nbs/11_sensitivity/03_masks.ipynb #446b16fe
+# %% ../../nbs/11_sensitivity/03_masks.ipynb #71f2b914
 _RANKED = {"absolute": {}, "cosine": {"measure": "cosine"}, "channel": {"grain": "channel"}, "element": {"grain": "element"}}
 
 
