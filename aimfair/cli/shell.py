@@ -84,7 +84,7 @@ def _report(error, debug):
     print(f"aimfair: {reason[1]}", file=sys.stderr)
     return reason[0]
 
-
+# %% ../../nbs/19_cli/02_shell.ipynb #0734e64a
 def main(
     arguments: list[str] | None = None,  # words after `aimfair`; by default those of the command line
 ) -> int:  # exit code: 0 fine, 1 failed, 2 a wrong call, 130 interrupted

@@ -96,7 +96,7 @@ def _strict(value):
         return {k: _strict(v) for k, v in value.items()}
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
-
+# %% ../../nbs/14_pipeline/02_comparison.ipynb #94aeda84
 @dataclass(frozen=True, repr=False, eq=False)
 class BeforeAfter:
     "What fine-tuning changed. It displays as a table in percent; `figures` are fractions."

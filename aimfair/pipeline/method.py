@@ -84,7 +84,7 @@ def _faces_digest(faces, groups=False):
     sample = faces.gather(np.linspace(0, len(faces) - 1, min(64, len(faces)), dtype=int)).numpy()
     return digest(faces.ids.tolist(), faces.target, faces.protected if groups else b"", sample)
 
-
+# %% ../../nbs/14_pipeline/03_method.ipynb #b3634376
 class _Checkpoint:
     "A folder in which a run keeps what it has done; without a folder, nothing is kept."
     def __init__(self, folder, identity):  # `identity()` is plain JSON
@@ -164,7 +164,7 @@ def _gradients(aim, model, sets, kept, device):
     return {name: kept.gradients(name, order, lambda n=name, f=faces: gradient_pass(model, f, name=n, device=device, **how))
             for name, faces in sets.items()}
 
-
+# %% ../../nbs/14_pipeline/03_method.ipynb #23464561
 def _selective(aim, model, sets, images, kept, how):
     "Rank the tensors and fine-tune those of the mask."
     gradients, balanced = _gradients(aim, model, sets, kept, how["device"]), sets["synthetic_balanced"]
