@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['DataError', 'DataWarning', 'one_line', 'listed', 'did_you_mean', 'unknown', 'SettingsError', 'Settings',
            'read_settings', 'parse_ratio', 'whole_file', 'write_whole', 'put_in_place', 'whole_folder', 'read_lines',
-           'append_lines', 'digest', 'file_digest', 'asset', 'cores', 'in_words', 'shown_figure']
+           'append_lines', 'digest', 'file_digest', 'asset', 'cores', 'in_words', 'quiet_libraries', 'shown_figure']
 
 # %% ../nbs/00_core.ipynb #cde4601d
 import difflib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ def unknown(
     "The message of an error about an unknown word."
     choices = [str(c) for c in choices]
     hint = did_you_mean(word, choices)
-    return f"no {kind} {str(word)!r}{hint}{' ' if hint else '; '}there are {listed(choices, 60)}"
+    return f"no {kind} {str(word)!r}{hint}{' ' if hint else '; '}there are {listed(choices, 60) or 'none'}"
 
 # %% ../nbs/00_core.ipynb #fb33e23c
 class SettingsError(ValueError):
@@ -83,8 +85,8 @@ def _complaints(error: ValidationError, model: type[BaseModel]) -> list[tuple[tu
         if isinstance(inner, SettingsError):  # of settings inside these
             found += [((*where, *place), text, value) for place, text, value in inner.complaints]
         elif e["type"] == "extra_forbidden":
-            names = list(model.model_fields)
-            found.append((where, "no setting '{name}'" + _brace(unknown("", where[-1], names).partition("'")[2].partition("'")[2]), ""))
+            told = unknown("setting", where[-1], model.model_fields).partition(f"{str(where[-1])!r}")[2]  # the hint and the choices
+            found.append((where, "no setting '{name}'" + _brace(told), ""))
         elif e["type"] == "missing":
             found.append((where, "setting '{name}' is missing", ""))
         else:
@@ -280,6 +282,38 @@ def in_words(seconds: float) -> str:  # "25 s", "3.4 min", "2.1 h", "3.0 days"
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.0f} s"
 
+# %% ../nbs/00_core.ipynb #5dcce22e
+@contextmanager
+def quiet_libraries(
+    *names: str,  # "transformers", "diffusers"
+) -> Iterator[None]:
+    "Without the bars and the advice of Hugging Face's libraries."
+    libraries = [import_module(f"{name}.utils.logging") for name in names]
+    hub = getattr(import_module("huggingface_hub.utils.tqdm"), "progress_bar_states", {})
+    loggers, hub_bars = [logging.getLogger(name) for name in names], dict(hub)
+    before = [(logger.level, _bars_on(library)) for logger, library in zip(loggers, libraries, strict=True)]
+    try:
+        for library in libraries:
+            library.set_verbosity_error()
+            _switch_bars(library, False)
+        yield
+    finally:
+        for library, logger, (level, bars) in zip(libraries, loggers, before, strict=True):
+            logger.setLevel(level)
+            _switch_bars(library, bars)
+        hub.clear()
+        hub.update(hub_bars)
+
+
+def _bars_on(library):  # old versions of diffusers have no function to ask
+    return library.is_progress_bar_enabled() if hasattr(library, "is_progress_bar_enabled") else library._tqdm_active
+
+
+def _switch_bars(library, on):
+    with warnings.catch_warnings():  # where an environment variable decides, the hub warns that it cannot
+        warnings.simplefilter("ignore")
+        (library.enable_progress_bar if on else library.disable_progress_bar)()
+
 # %% ../nbs/00_core.ipynb #3b2795ab
 def shown_figure(**options):  # a matplotlib Figure; `options` are its own
     "A figure that shows itself in a notebook."
@@ -290,7 +324,7 @@ def shown_figure(**options):  # a matplotlib Figure; `options` are its own
     class ShownFigure(Figure):
         def _repr_png_(self):
             buffer = BytesIO()
-            self.savefig(buffer, format="png", dpi=80, metadata={"Software": None})
+            self.savefig(buffer, format="png", dpi=160 if self.get_figwidth() < 4 else 80, metadata={"Software": None})  # small ones larger
             return buffer.getvalue()
 
     return ShownFigure(**{"layout": "constrained", **options})

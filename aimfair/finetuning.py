@@ -175,7 +175,8 @@ def pick_candidate(
     "The fairest candidate on synthetic images among those that are about as accurate as the best on real ones."
     order = table[eligible_candidates(table, tolerance)].sort_values(
         ["worst_group_accuracy", "equalized_odds", "val_accuracy", "elements"], ascending=[False, True, False, True], kind="stable")
-    return order.index[0]
+    label = order.index[0]
+    return label.item() if hasattr(label, "item") else label
 
 # %% ../nbs/12_finetuning.ipynb #e630f361
 def _judged(model, masks, candidates, held_out, how):

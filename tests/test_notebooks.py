@@ -171,7 +171,9 @@ def reading_order():
     last = {path.parent: max(p for p in chapters if p.parent == path.parent) for path in chapters if path.parent.name != "nbs"}
 
     def place(path):
-        return last[path.parent].with_suffix(".x") if path.name.startswith("00_") and path.parent in last else path
+        entry = str(module_of(path)).endswith("__main__")  # what `python -m` runs knows the whole room, too
+        face = path.name.startswith("00_") and path.parent in last
+        return last[path.parent].with_suffix(".y" if entry else ".x") if entry or face else path
 
     return [module_of(path) for path in sorted(chapters, key=place)]
 
@@ -194,7 +196,7 @@ def imported_modules(path):
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) + 1 - node.level] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+            names = [name if (name := f"{base}.{alias.name}") in ORDER else base for alias in node.names]
         else:
             continue
         yield from (name for name in names if name in ORDER)
@@ -229,8 +231,8 @@ def test_exported_cells_are_short():
 def test_every_exported_idea_is_shown(path):
     "Below each exported function or class, and above the next, stands an example or a test."
     exported, code = exported_cells(path)
-    ends = [n for n, _ in exported[1:]] + [len(code)]
-    for (n, _), end in zip(exported, ends, strict=True):
+    places = [n for n, _ in exported]
+    for n, end in zip(places, [*places[1:], len(code)], strict=False):
         names = re.findall(r"^(?:def|class) (\w+)", code[n], re.M)
         assert not names or any(text.strip() for text in code[n + 1 : end]), f"nothing shows {', '.join(names)}"
 

@@ -250,7 +250,7 @@ def parse_filter(
     text: str,  # "distinct=0.02" or "agreement=0.25@CLIP"
 ) -> tuple[str, float, str | None]:  # kind, threshold, model
     "A filter given with --filter. Raises ValueError."
-    found = re.fullmatch(r"(.+?)=(\d*\.?\d+)(?:@(.+))?", text)
+    found = re.fullmatch(r"(.+?)=(-?\d*\.?\d+(?:[eE][+-]?\d+)?)(?:@(.+))?", text)
     if found is None:
         raise ValueError(f"--filter {text!r} is not KIND=THRESHOLD[@MODEL], such as distinct=0.02 or agreement=0.25@FOLDER_OF_CLIP")
     choose("filter", found[1], ["agreement", "distinct"])
@@ -296,7 +296,7 @@ def synthesize(
     from aimfair import synthesis
     settings = {"steps": steps, "guidance_scale": guidance, "negative_prompt": negative_prompt, "scheduler": scheduler, "size": size,
                 "resize": resize, "dtype": dtype, "batch_size": batch_size}
-    config = synthesis.make_config(**{name: value for name, value in settings.items() if value is not None})
+    config = synthesis.make_config(**settings)
     rows = synthesis.synthesize(prompts, generator=generator, per_group=per_group, out=out, seed=seed, config=config, style=style,
                                 filters=[_image_filter(text, device) for text in filters or []], max_attempts=max_attempts,
                                 shard=synthesis.parse_shard(shard), device=device)
@@ -312,7 +312,7 @@ def t2i_train(
     out: Annotated[Path | None, option("FOLDER", "folder of the diffusers pipeline  [required]", file_okay=False)] = None,
     data: Annotated[str, option("drawn|FOLDER", "drawn faces; or CelebA's layout, or images with captions")] = "drawn",
     n: Annotated[int, option("N", "faces to draw, for drawn", "--n", min=8)] = 48_000,
-    exclude: Annotated[Path | None, option("FOLDER", "leave out images named like a file here, such as test images", exists=True)] = None,
+    exclude: Annotated[Path | None, option("FOLDER", "leave out the images of this folder, wherever they lie", exists=True)] = None,
     mirror: Annotated[bool | None, typer.Option("--mirror/--no-mirror", help="mirror images, too; by default all but drawn")] = None,
     settings: Settings = None,
     seed: Seed = 0,

@@ -7,16 +7,15 @@ __all__ = ['quiet_transformers', 'load_language_model', 'Guide', 'guide_for', 'w
 
 # %% ../../nbs/06_prompts/06_local_models.ipynb #9e742a83
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from functools import cached_property
-from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from ..core import quiet_libraries
 from .grammar import PHOTO_KINDS
 from .requests import Request
 from .tasks import POSE, PromptError
@@ -48,34 +47,11 @@ def _where_is(
     return (repository, file) if file.lower().endswith(".gguf") else (str(model), None)
 
 # %% ../../nbs/06_prompts/06_local_models.ipynb #bc5cf805
-def _switch_bars(on):
-    "transformers' bars, and with them the hub's."
-    from transformers.utils import logging
-
-    with warnings.catch_warnings():  # where an environment variable decides, the hub warns that it cannot
-        warnings.simplefilter("ignore")
-        (logging.enable_progress_bar if on else logging.disable_progress_bar)()
-
-
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     "Without the bars and the advice that transformers shows; its settings and the hub's are afterwards as they were."
-    from transformers.utils import logging
-
-    logger, bars = logging.get_logger("transformers"), logging.is_progress_bar_enabled()
-    hub = getattr(import_module("huggingface_hub.utils.tqdm"), "progress_bar_states", {})
-    level, hub_bars = logger.level, dict(hub)
-    logging.set_verbosity_error()
-    _switch_bars(False)
-    try:
-        with redirect_stderr(StringIO()):  # the bar of a GGUF file heeds no setting
-            yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            _switch_bars(True)
-        hub.clear()
-        hub.update(hub_bars)
+    with quiet_libraries("transformers"), redirect_stderr(StringIO()):  # the bar of a GGUF file heeds no setting
+        yield
 
 # %% ../../nbs/06_prompts/06_local_models.ipynb #0ce6a2be
 def load_language_model(

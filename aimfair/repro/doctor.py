@@ -348,7 +348,9 @@ def _plan_of(profile, methods, store):
         cases = {"": rows(methods)}
     else:
         cases = {name: cases_of(profile, name)[0] for name, experiment in EXPERIMENTS.items() if not experiment.lacks(profile)}
-    return Plan(profile, cases, paper_seeds(profile.run.seeds), Store(store), check=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # images that are left out are told when they are used
+        return Plan(profile, cases, paper_seeds(profile.run.seeds), Store(store), check=False)
 
 
 def diagnose(

@@ -30,7 +30,7 @@ from .images import TRAINING_SETS, Images, ImageSets, balanced_synthetic, biased
 from .images import prompts_of, set_sizes, weights_digest
 from .profiles import ModelSettings, Protocol
 from .store import Artifact, Job, Store, Work
-from ..sensitivity import gradient_pass, make_mask, mask_size, paper_k, sensitivity_table, smallest_k
+from ..sensitivity import gradient_pass, make_mask, mask_size, paper_k, sensitivity_table
 from ..training import Fitted, fit, predict
 
 # %% ../../nbs/17_repro/04_jobs.ipynb #d4fe66ee
@@ -175,8 +175,9 @@ class Train(ModelJob):
         return self.training_work(set_sizes(self.protocol)[self.data])
 
     def fit(self, sets, store, checkpoint):
-        faces, model = TRAINING_SETS[self.data](sets), new_model(self.protocol, self.seed)
-        return fit(model, faces, sets.val.without_groups(), config=self.protocol.train, seed=self.seed, checkpoint=checkpoint, progress=False)
+        faces, config = TRAINING_SETS[self.data](sets), self.protocol.train
+        return fit(new_model(self.protocol, self.seed), faces, sets.val.without_groups(), config=config, seed=self.seed,
+                   checkpoint=checkpoint, progress=False)
 
 # %% ../../nbs/17_repro/04_jobs.ipynb #1005b228
 @dataclass(frozen=True)
@@ -332,13 +333,8 @@ def mask_of(
     name: str = "absolute",  # as for `aimfair.sensitivity.make_mask`
 ):  # names of tensors, or {name: booleans}
     "What selective fine-tuning updates. Raises `ValueError` where k selects nothing."
-    if name != "absolute":
-        k = protocol.mask.k if name == "cosine" else None
-        return make_mask(new_model(protocol, 0), name, gradients=lambda: read_gradients(protocol, seed, store), k=k, seed=seed)
-    table = sensitivity(protocol, seed, store)
-    if not table.selected.any():
-        raise ValueError(f"mask.k={protocol.mask.k} selects no tensor: the two rankings first meet at k={smallest_k(table)}")
-    return set(table.index[table.selected])
+    k = protocol.mask.k if name in ("absolute", "cosine") else None  # finer units than tensors take the paper's share
+    return make_mask(new_model(protocol, 0), name, gradients=lambda: read_gradients(protocol, seed, store), k=k, seed=seed)
 
 # %% ../../nbs/17_repro/04_jobs.ipynb #c668a712
 def default_ks(protocol: Protocol) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from ..core import cores, in_words, unknown
 from .catalogue import EXPERIMENTS, Case, cases_of
 from .costs import expected_seconds
 from .images import Images, ImageSets, check_pool, forget_files
-from .profiles import Profile, Protocol, changed, load_profile, paper_seeds
+from .profiles import Profile, Protocol, load_profile, paper_seeds
 from .store import Job, Store, reach, stored
 
 # %% ../../nbs/17_repro/08_plan.ipynb #f6dce74f

@@ -9,8 +9,6 @@ __all__ = ['train_tokenizer', 'create_text_encoder', 'create_denoiser']
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
-
 from .recipe import T2IConfig
 
 # %% ../../nbs/07_t2i/05_denoiser.ipynb #3cf627e1

@@ -9,39 +9,18 @@ __all__ = ['SHEET_PROMPTS', 'bundled', 'save_pipeline', 'sample_sheet']
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ..core import asset, whole_folder, write_whole
+from ..core import asset, quiet_libraries, whole_folder, write_whole
 from .denoiser import schedulers
 
 # %% ../../nbs/07_t2i/06_pipelines.ipynb #1e2170f5
-def _bars_on(library):
-    "Whether a library shows progress bars; old versions of diffusers have no function to ask."
-    return library.is_progress_bar_enabled() if hasattr(library, "is_progress_bar_enabled") else bool(library._tqdm_active)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet():  # a context manager
     "No bars and no chatter of diffusers and transformers inside the block; as it was, afterwards."
-    from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging as transformers_logging
-    libraries = (diffusers_logging, transformers_logging)
-    before, hub_off = [(library.get_verbosity(), _bars_on(library)) for library in libraries], are_progress_bars_disabled()
-    try:
-        for library in libraries:
-            library.set_verbosity_error()
-            library.disable_progress_bar()
-        yield
-    finally:
-        for library, (verbosity, bars) in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)
-            (library.enable_progress_bar if bars else library.disable_progress_bar)()
-        (disable_progress_bars if hub_off else enable_progress_bars)()  # transformers turned these on or off with its own
+    return quiet_libraries("diffusers", "transformers")
 
 # %% ../../nbs/07_t2i/06_pipelines.ipynb #58c7a22e
 def bundled() -> Path:  # a diffusers pipeline folder
