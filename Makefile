@@ -74,7 +74,7 @@ test: $(STAMP)
 	@failed=; \
 	$(ONE_THREAD) $(PATHS) $(BIN)/nbdev_test --n_workers $(WORKERS) --timing || failed=1; \
 	echo 'aimfair: 3/3 running the tests'; \
-	$(ONE_THREAD) $(PATHS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(if $(AIMFAIR_SLOW),-m "") $(PYTEST_ARGS) || exit 1; \
+	$(ONE_THREAD) $(PATHS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(if $(AIMFAIR_SLOW),-m "") $(PYTEST_ARGS) || exit 1; \
 	[ -z "$$failed" ] || { echo 'aimfair: the tests passed, but notebooks failed: see 2/3 above' >&2; exit 1; }
 
 lab: $(STAMP)

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module, resources
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -317,8 +318,6 @@ def _switch_bars(library, on):
 # %% ../nbs/00_core.ipynb #3b2795ab
 def shown_figure(**options):  # a matplotlib Figure; `options` are its own
     "A figure that shows itself in a notebook."
-    from io import BytesIO
-
     from matplotlib.figure import Figure
 
     class ShownFigure(Figure):

@@ -23,6 +23,7 @@ def real_data_folder():
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # the long ones first: short ones fill the gaps at the end
     folder, reason = real_data_folder()
     for item in items:
         if folder is None and item.get_closest_marker("real_data"):

@@ -27,7 +27,7 @@ from ..groups import largest_biased_counts, take_groups
 from ..prompts import PromptSet, load_prompts
 from .profiles import DataSettings, Protocol, SyntheticSettings
 from .store import Artifact, Job, Store, Work
-from ..synthesis import generator_source
+from ..synthesis import generator_source, make_config, synthesize
 
 # %% ../../nbs/17_repro/03_images.ipynb #e8ff1a09
 @lru_cache
@@ -158,7 +158,6 @@ class Synthesize(Job):
         return Work(made=images, denoised=images * (self.synthetic.steps or 50))
 
     def make(self, folder, store):
-        from aimfair.synthesis import make_config, synthesize
         s = self.synthetic
         synthesize(prompts_of(self.data, s), generator=generator_name(s), per_group=s.pool, out=folder, seed=s.seed,
                    config=make_config(**self.settings), shard=(self.shard, s.shards), progress=False)

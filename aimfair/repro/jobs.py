@@ -31,6 +31,7 @@ from .images import prompts_of, set_sizes, weights_digest
 from .profiles import ModelSettings, Protocol
 from .store import Artifact, Job, Store, Work
 from ..sensitivity import gradient_pass, make_mask, mask_size, paper_k, sensitivity_table
+from ..synthesis import load_generator, resolve_config
 from ..training import Fitted, fit, predict
 
 # %% ../../nbs/17_repro/04_jobs.ipynb #d4fe66ee
@@ -204,7 +205,6 @@ class Edit(ProtocolJob):
         return Work(denoised=round(2 * self.n * self.protocol.edits.denoising_steps * sum(self.protocol.edits.strength) / 2))
 
     def make(self, folder, store):
-        from aimfair.synthesis import load_generator, resolve_config
         train, s = self.faces(store).train, self.protocol.synthetic
         pipe = load_generator(generator_name(s), dtype=s.dtype)
         guidance = resolve_config(pipe).guidance_scale if s.guidance_scale is None else s.guidance_scale

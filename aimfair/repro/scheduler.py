@@ -17,6 +17,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from .store import Job, Store
 
 # %% ../../nbs/17_repro/06_scheduler.ipynb #f775ab25
@@ -36,7 +38,6 @@ def urgency(
 # %% ../../nbs/17_repro/06_scheduler.ipynb #353ddd37
 def run_job(job: Job, root: Path) -> None:
     "What an executor runs: one job, with the threads that it asks for, on the store at `root`."
-    import torch
     torch.set_num_threads(job.threads)
     job.run(Store(root))
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
+from filelock import FileLock
 
 from ..core import digest
 
@@ -68,7 +69,6 @@ class Store:
         cost: float = 0.0,  # how much work it is, noted beside the time it took
     ) -> Path:  # the artifact's folder
         "The artifact, made on first demand."
-        from filelock import FileLock
         final = self.path(artifact)
         if self.has(artifact):
             return final

@@ -6,6 +6,7 @@
 __all__ = ['synthesize', 'image_grid']
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #d5233b68
+import gc
 import heapq
 import os
 import warnings
@@ -52,7 +53,6 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def _free_memory():
     "Give cached memory back."
-    import gc
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
