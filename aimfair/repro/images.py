@@ -104,11 +104,12 @@ def prompts_of(data: DataSettings, synthetic: SyntheticSettings) -> PromptSet:
     "The prompts of a protocol: the set that is named, or the frozen one of its target and protected attribute."
     world = data.kind if data.kind in ("toy", "utkface") else "celeba"
     usual = "toy-gender-tone" if data.kind == "toy-utkface" else f"{world}-{data.target}-{data.protected}".lower()
-    return _read_prompts(os.path.expandvars(synthetic.prompts) or usual, synthetic.style)
+    name = os.path.expandvars(synthetic.prompts) or usual
+    return load_prompts(name, style=synthetic.style) if Path(name).is_file() else _frozen_prompts(name, synthetic.style)
 
 
-@lru_cache(maxsize=16)
-def _read_prompts(name, style):
+@lru_cache(maxsize=32)
+def _frozen_prompts(name, style):  # every line of a set is checked when it is read, and those that ship never change
     return load_prompts(name, style=style)
 
 
@@ -203,7 +204,7 @@ def fingerprint(table: pd.DataFrame) -> str:  # 16 hexadecimal digits
 
 def forget_files() -> None:
     "Look anew at folders, which may have changed."
-    for cached in (_read_table, _read_prompts, weights_digest, _images, _set_artifact, set_sizes):
+    for cached in (_read_table, weights_digest, _images, _set_artifact, set_sizes):
         cached.cache_clear()
 
 # %% ../../nbs/17_repro/03_images.ipynb #108882e6
