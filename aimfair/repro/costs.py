@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..device import pick_device
 from ..models import create_model
-from .images import generator_name
+from .images import chosen_generator
 from .profiles import ModelSettings, Protocol, SyntheticSettings
 from .store import Job, Store
 from ..synthesis import generator_source
@@ -51,7 +51,7 @@ def generator_folder(
     synthetic: SyntheticSettings,
 ) -> tuple[Path | None, bool]:  # the folder (None: not here), and whether the generator is a hub id
     "Where a protocol's generator is. Raises `FileNotFoundError` where it is neither a folder nor a hub id."
-    source, local = generator_source(generator_name(synthetic))
+    source, local = generator_source(chosen_generator(synthetic))
     return (Path(source), False) if local else (cached_pipeline(source), True)
 
 # %% ../../nbs/17_repro/07_costs.ipynb #711279a9

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CELEBA_SPLITS', 'UTKFACE_IMAGES', 'TRAINING_SETS', 'ABOUT_DATA', 'ABOUT_SYNTHETIC', 'DrawCelebA', 'DrawUTKFace',
-           'DrawStudio', 'prompts_of', 'generator_name', 'weights_digest', 'generator_identity', 'Synthesize',
+           'DrawStudio', 'prompts_of', 'chosen_generator', 'weights_digest', 'generator_identity', 'Synthesize',
            'data_folder', 'split_in_order', 'fingerprint', 'forget_files', 'Images', 'real_table', 'synthetic_table',
            'ImageSets', 'natural_sizes', 'biased_set_counts', 'set_sizes', 'check_pool', 'biased_synthetic',
            'balanced_synthetic', 'about_synthetic']
@@ -113,7 +113,7 @@ def _frozen_prompts(name, style):  # every line of a set is checked when it is r
     return load_prompts(name, style=style)
 
 
-def generator_name(synthetic: SyntheticSettings) -> str:
+def chosen_generator(synthetic: SyntheticSettings) -> str:
     "The generator of a protocol: bundled, a folder or a hub id."
     return os.path.expandvars(synthetic.generator or "bundled")
 
@@ -126,7 +126,7 @@ def weights_digest(path: str | Path) -> str:  # 16 hexadecimal digits
 
 def generator_identity(synthetic: SyntheticSettings) -> str:
     "What stands for the generator in an artifact. Raises `FileNotFoundError` where it is neither a folder nor a hub id."
-    source, local = generator_source(generator_name(synthetic))
+    source, local = generator_source(chosen_generator(synthetic))
     return weights_digest(source) if local else source
 
 # %% ../../nbs/17_repro/03_images.ipynb #5598f7d6
@@ -160,7 +160,7 @@ class Synthesize(Job):
 
     def make(self, folder, store):
         s = self.synthetic
-        synthesize(prompts_of(self.data, s), generator=generator_name(s), per_group=s.pool, out=folder, seed=s.seed,
+        synthesize(prompts_of(self.data, s), generator=chosen_generator(s), per_group=s.pool, out=folder, seed=s.seed,
                    config=make_config(**self.settings), shard=(self.shard, s.shards), progress=False)
 
 # %% ../../nbs/17_repro/03_images.ipynb #48c08f33

@@ -26,7 +26,7 @@ from ..core import asset, whole_file
 from ..data import Faces
 from ..finetuning import candidate_table, finetune, judge, pick_candidate
 from ..models import create_model
-from .images import TRAINING_SETS, Images, ImageSets, balanced_synthetic, biased_synthetic, generator_identity, generator_name
+from .images import TRAINING_SETS, Images, ImageSets, balanced_synthetic, biased_synthetic, generator_identity, chosen_generator
 from .images import prompts_of, set_sizes, weights_digest
 from .profiles import ModelSettings, Protocol
 from .store import Artifact, Job, Store, Work
@@ -206,7 +206,7 @@ class Edit(ProtocolJob):
 
     def make(self, folder, store):
         train, s = self.faces(store).train, self.protocol.synthetic
-        pipe = load_generator(generator_name(s), dtype=s.dtype)
+        pipe = load_generator(chosen_generator(s), dtype=s.dtype)
         guidance = resolve_config(pipe).guidance_scale if s.guidance_scale is None else s.guidance_scale
         chosen = np.random.default_rng(s.seed).permutation(len(train))[:self.n]
         for at in range(0, self.n, 64):  # what is there survives an interruption

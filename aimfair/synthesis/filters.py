@@ -18,7 +18,7 @@ import torch
 from ..groups import group_name
 from .featurespace import answers, as_table, clip_model, features, open_image, pixels_of
 from .folders import Journal
-from .generators import SynthesisError, fingerprint
+from .generators import SynthesisError, components_digest
 
 # %% ../../nbs/08_synthesis/05_filters.ipynb #56a1557c
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ImageFilter:
 def _model_name(model) -> str:
     "A model's class, and a digest of its weights."
     name = getattr(model, "__name__", type(model).__name__)
-    return f"{name} {fingerprint(name, {'': model})}" if isinstance(model, torch.nn.Module) else name
+    return f"{name} {components_digest(name, {'': model})}" if isinstance(model, torch.nn.Module) else name
 
 
 def _probabilities(model, x) -> np.ndarray:

@@ -125,7 +125,7 @@ def generator_name(pipe) -> str:
     return "bundled" if name and Path(name) == bundled() else str(name or type(pipe).__name__)
 
 
-def fingerprint(
+def components_digest(
     name: str,  # of the class
     modules: dict,  # a pipeline's components by name; those that are no modules do not count
 ) -> str:  # 16 hexadecimal digits

@@ -22,7 +22,7 @@ from .featurespace import as_table, open_image
 from .filters import NearDuplicate, check_filters, judge, rejection_report
 from .folders import Journal
 from .generators import SynthesisConfig, SynthesisError
-from .generators import call_arguments, fingerprint, generator_name, load_generator, prepared, resolve_config
+from .generators import call_arguments, components_digest, generator_name, load_generator, prepared, resolve_config
 from .slots import GroupPrompts, Slots, as_group_prompts, parse_shard
 from ..t2i.pipelines import quiet
 
@@ -182,7 +182,7 @@ def _identity(prompts: GroupPrompts, pipe, config: SynthesisConfig, seed: int, f
     dtype = str(getattr(pipe, "dtype", config.dtype or "float32")).removeprefix("torch.")
     scheduler = getattr(pipe, "scheduler", None)
     settings = config.model_dump(exclude={"batch_size"}) | {"dtype": dtype, "scheduler": type(scheduler).__name__ if scheduler else None}
-    weights = fingerprint(type(pipe).__name__, getattr(pipe, "components", {}))
+    weights = components_digest(type(pipe).__name__, getattr(pipe, "components", {}))
     return {"digest": prompts.digest, "task": prompts.task, "style": prompts.style, "generator": generator_name(pipe), "weights": weights,
             "pipeline": type(pipe).__name__, "seed": seed, "settings": settings, "filters": [f.describe() for f in filters],
             "prompts": prompts.groups}
