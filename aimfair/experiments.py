@@ -64,7 +64,7 @@ def compute(
 def compute_or_raise(plan: Plan, workers: int | None, progress: bool) -> int:  # artifacts made
     "Make what a plan lacks. Raises the first error."
     workers = n_workers(workers, plan.profile.run.threads)
-    with WorkBar({h: plan.seconds[h] for h in plan.missing} if plan.missing else {}, progress) as bar:
+    with WorkBar(plan.missing_seconds, progress) as bar:
         for error in compute(plan, workers, bar).values():
             raise error
     return len(plan.missing)
@@ -199,8 +199,7 @@ def reproduce(
         print(summary(plan, workers), file=sys.stderr)
     parameters = {"profile": str(profile), "settings": dict(settings or {}), "seeds": seeds, "store": str(store), "out": str(out),
                   "aggregation": aggregation}
-    expected = {h: plan.seconds[h] for h in plan.missing} if plan.missing else {}
-    with WorkBar(expected | dict.fromkeys(plan.cases, NOTEBOOK_SECONDS), progress) as bar:
+    with WorkBar(plan.missing_seconds | dict.fromkeys(plan.cases, NOTEBOOK_SECONDS), progress) as bar:
         done.failed = lost_experiments(plan, compute(plan, workers, bar))
         shown = [n for n in plan.cases if n not in done.failed]
         done.failed |= execute_all(shown, out / "notebooks", parameters, workers, bar)

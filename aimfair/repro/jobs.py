@@ -268,10 +268,10 @@ class TrainBaseline(ModelJob):
                                    checkpoint=checkpoint, progress=False, **self.settings.model_dump(), **needed)
 
 # %% ../../nbs/17_repro/04_jobs.ipynb #1211cc5d
-GRADIENT_SETS = {  # the argument of `sensitivity_table`: the image set behind it, and how it is taken
-    "real": ("train", lambda sets, protocol: sets.train),
-    "synthetic_biased": ("pool", biased_synthetic),
-    "synthetic_balanced": ("pool", lambda sets, protocol: balanced_synthetic(sets)),
+GRADIENT_SETS = {  # the argument of `sensitivity_table`: the image set behind it, its name in `set_sizes`, and how it is taken
+    "real": ("train", "real", lambda sets, protocol: sets.train),
+    "synthetic_biased": ("pool", "synthetic biased", biased_synthetic),
+    "synthetic_balanced": ("pool", "synthetic", lambda sets, protocol: balanced_synthetic(sets)),
 }
 
 
@@ -306,11 +306,10 @@ class Gradients(ProtocolJob):
 
     @property
     def work(self):
-        name = {"real": "real", "synthetic_biased": "synthetic biased", "synthetic_balanced": "synthetic"}[self.which]
-        return Work(learnt=set_sizes(self.protocol)[name] * self.protocol.mask.passes)
+        return Work(learnt=set_sizes(self.protocol)[GRADIENT_SETS[self.which][1]] * self.protocol.mask.passes)
 
     def make(self, folder, store):
-        mask, faces = self.protocol.mask, GRADIENT_SETS[self.which][1](self.faces(store), self.protocol)
+        mask, faces = self.protocol.mask, GRADIENT_SETS[self.which][2](self.faces(store), self.protocol)
         gradients = gradient_pass(load_model(self.biased_model, store), faces, batch_size=mask.batch_size, passes=mask.passes,
                                   augment=self.protocol.train.augment(), seed=self.seed)
         save_file(gradients, folder / f"{self.which}.safetensors")

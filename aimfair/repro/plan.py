@@ -86,6 +86,11 @@ class Plan:
         "How long each job may take, on one worker."
         return expected_seconds(self.jobs, self.profile.protocol, self.store)
 
+    @property
+    def missing_seconds(self) -> dict[str, float]:
+        "The same of those that have to be made; nothing is worked out where none has."
+        return {h: self.seconds[h] for h in self.missing}
+
     def __str__(self):
         return described(self)
 
@@ -121,16 +126,15 @@ def summary(
     there = f", {all_of_it - made} of them there" if made < all_of_it else ""
     trained = f"{all_of_it} models for {n_rows(plan) * len(plan.seeds)} table rows{there}"
     names = f"{len(plan.cases)} experiment{'s' * (len(plan.cases) != 1)}"
-    seconds = sum(plan.seconds[h] for h in plan.missing) if plan.missing else 0
-    left = f"about {in_words(seconds / workers)} on {workers} processes" if plan.missing else "nothing to compute"
+    seconds = sum(plan.missing_seconds.values()) / workers
+    left = f"about {in_words(seconds)} on {workers} processes" if plan.missing else "nothing to compute"
     return f"{names}, {len(plan.seeds)} seed{'s' * (len(plan.seeds) != 1)}: {trained}; {left}"
 
 # %% ../../nbs/17_repro/08_plan.ipynb #3dccb49c
 def by_stage(plan: Plan) -> pd.DataFrame:  # by stage: there, to make, minutes (on one worker)
     "What is there and what has to be made."
-    seconds = plan.seconds if plan.missing else {}
-    lacks = plan.missing
-    rows = [(job.stage, h not in lacks, h in lacks, seconds[h] / 60 if h in lacks else 0) for h, job in plan.jobs.items()]
+    seconds = plan.missing_seconds
+    rows = [(job.stage, h not in seconds, h in seconds, seconds.get(h, 0) / 60) for h, job in plan.jobs.items()]
     frame = pd.DataFrame(rows, columns=["stage", "there", "to make", "minutes"])
     return frame.groupby("stage").sum().astype({"there": int, "to make": int}).round({"minutes": 1})
 
