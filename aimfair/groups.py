@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Group', 'Majority', 'PAPER_MAJORITY', 'PAPER_GROUPS', 'group_name', 'parse_group', 'group_indices', 'group_sizes',
            'group_counts', 'select', 'take_groups', 'biased_counts', 'largest_biased_counts', 'balanced_counts',
-           'parse_majority', 'biased_split', 'hold_out']
+           'parse_majority', 'biased_split', 'held_out_rows', 'hold_out']
 
 # %% ../nbs/02_groups.ipynb #4f651d47
 from collections.abc import Iterable, Mapping
@@ -186,14 +186,55 @@ def _largest_split(available, n, bias):
                  if all(least <= wanted <= available[g] for g, wanted in biased_counts(m, bias).items())), 0)
 
 # %% ../nbs/02_groups.ipynb #cb763398
-def hold_out(
+def _last_prompts(
+    prompts,  # of a group's images
+    most: int,  # images
+) -> np.ndarray:  # bool, one an image
+    "Images of a group's last prompts, in the order of their first images; a prompt with more images than there is room for is passed over."
+    of_image, names = pd.factorize(np.asarray(prompts))
+    sizes, taken = np.bincount(of_image, minlength=len(names)), np.zeros(len(names), bool)
+    for i in reversed(range(len(names))):
+        taken[i] = sizes[i] <= most
+        most -= sizes[i] if taken[i] else 0
+    return taken[of_image]
+
+# %% ../nbs/02_groups.ipynb #40577740
+def _known_prompts(samples, prompts):
+    "Prompt of every image, or None where they are unknown, of some, or not to be looked at. Raises `ValueError`."
+    if isinstance(prompts, bool):
+        prompts = samples.get("prompt") if prompts and isinstance(samples, pd.DataFrame) else None
+    if prompts is None or pd.isna(prompts := np.asarray(prompts, dtype=object)).any():
+        return None
+    if len(prompts) != len(samples):
+        raise ValueError(f"{len(prompts)} prompts for {len(samples)} images; expected one for each")
+    return prompts
+
+# %% ../nbs/02_groups.ipynb #dad21d9e
+def held_out_rows(
     samples,  # with known groups
     *, n: int | None = None,  # images of every group; or
     share: float | None = None,  # a share of every group, at least one image
+    prompts: Iterable[str] | bool = True,  # as for `hold_out`
+) -> np.ndarray:  # bool, one a sample
+    "Which images `hold_out` puts aside."
+    prompts, where = _known_prompts(samples, prompts), list(group_indices(samples).values())
+    most = [n if share is None else max(1, int(share * len(index))) for index in where]
+    last = [np.arange(len(index)) >= len(index) - m for index, m in zip(where, most, strict=True)]
+    if prompts is not None:
+        whole = [_last_prompts(prompts[index], m) for index, m in zip(where, most, strict=True)]
+        last = whole if all(of_group.any() for of_group in whole) else last
+    rows = np.zeros(len(samples), bool)
+    for index, of_group in zip(where, last, strict=True):
+        rows[index] = of_group
+    return rows
+
+
+def hold_out(
+    samples,  # with known groups
+    *, n: int | None = None,  # images of every group, at most so many where prompts are put aside; or
+    share: float | None = None,  # a share of every group, at least one image
+    prompts: Iterable[str] | bool = True,  # of every image; True: a table's column `prompt`, if it has one; False: never mind prompts
 ):  # (for training, put aside)
-    "Put the last images of every group aside, in the pool's order."
-    last = np.zeros(len(samples), bool)
-    for index in group_indices(samples).values():
-        aside = n if share is None else max(1, int(share * len(index)))
-        last[index[max(0, len(index) - aside):]] = True
+    "Put the last prompts of every group aside, with all their images; its last images where prompts are unknown or too few."
+    last = held_out_rows(samples, n=n, share=share, prompts=prompts)
     return select(samples, ~last), select(samples, last)

@@ -196,6 +196,34 @@ def test_a_share_of_every_group_is_put_aside(cells, share):
         assert (kept["target"].eq(group[0]) & kept["protected"].eq(group[1])).sum() == n - there
 
 
+@given(st.lists(st.tuples(LABELS, st.integers(0, 5)), min_size=1, max_size=60), st.integers(0, 12))
+def test_no_prompt_is_on_both_sides(images, n):
+    table = face_rows([cell for cell, _ in images])
+    prompts = [f"{cell} {i}" for cell, i in images]  # a prompt belongs to one group
+    plain, prompted = hold_out(table, n=n), hold_out(table.assign(prompt=prompts), n=n)
+    by_hand = hold_out(as_faces(table), n=n, prompts=prompts)
+    assert by_hand[1].ids.tolist() == prompted[1]["id"].tolist() and by_hand[0].ids.tolist() == prompted[0]["id"].tolist()
+    sizes = table.assign(prompt=prompts).groupby(["target", "protected", "prompt"]).size()
+    if (sizes.groupby(level=[0, 1]).min() > n).any():  # some group has no prompt that would fit
+        assert prompted[1]["id"].tolist() == plain[1]["id"].tolist()
+        return
+    assert not set(prompted[0]["prompt"]) & set(prompted[1]["prompt"])
+    for group, there in group_sizes(prompted[1]).items():
+        left = sizes[group].drop(prompted[1]["prompt"].unique(), errors="ignore")
+        assert 0 < there <= n and (left > n - there).all(), "as many prompts as fit"
+
+
+def test_prompts_that_are_unknown_change_nothing_and_too_few_are_an_error():
+    table = face_rows([(0, 0), (0, 1), (1, 0), (1, 1)] * 6)
+    prompts = [f"p{i // 4 // 2}" for i in range(24)]
+    plain = hold_out(table, n=1)[1]["id"].tolist()
+    for given in (dict(prompts=False), dict(prompts=None), dict(prompts=[None, *prompts[1:]])):
+        assert hold_out(table.assign(prompt=prompts), n=1, **given)[1]["id"].tolist() == plain
+    assert len(hold_out(table, n=2, prompts=prompts)[1]) == 8
+    with pytest.raises(ValueError, match="23 prompts for 24 images"):
+        hold_out(table, n=2, prompts=prompts[1:])
+
+
 # --- the biased training set ---------------------------------------------------------------------------------------------------
 
 def minority(n, bias):
