@@ -114,7 +114,7 @@ def test_a_killed_run_continues_and_another_run_is_refused(name, tmp_path, monke
     train, val, file = biased(120, 0), biased(80, 1), tmp_path / "run.pt"
     whole = trained(name, train, val)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        interrupt_at(m, training, "accuracy", 2)
+        interrupt_at(m, training, "judge", 2)
         trained(name, train, val, checkpoint=file)
     continued = trained(name, train, val, checkpoint=file)
     assert same(whole, continued) and whole.history.equals(continued.history)

@@ -5,7 +5,7 @@
 # %% ../../nbs/04_data/05_batching.ipynb #4ee3d2ab
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from .images import Faces
 
 # %% auto #0
-__all__ = ['normalize', 'Augment', 'Batch', 'batches']
+__all__ = ['normalize', 'Augment', 'Batch', 'chosen_batches', 'batches']
 
 # %% ../../nbs/04_data/05_batching.ipynb #71187e4d
 def normalize(
@@ -104,6 +104,22 @@ class Batch(NamedTuple):
     rows: torch.Tensor  # int64 (B,), on the CPU: positions of the images in the `Faces`
 
 
+def chosen_batches(
+    faces: Faces,
+    rows: Iterable[torch.Tensor],  # int64 (B,) a batch, on the CPU: positions of its images in the set
+    *, augment: Callable | None = None,  # (uint8 batch, generator) -> float32 in [-1, 1], such as `Augment()`; None: `normalize`
+    generator: torch.Generator | None = None,  # on the CPU: drives the augmentation
+    device: str | torch.device = "cpu",
+) -> Iterator[Batch]:
+    "Batches of images that somebody else has chosen, one for each entry of `rows`."
+    protected = np.full(len(faces), -1) if faces.protected is None else faces.protected
+    for chosen in rows:
+        pixels = faces.gather(chosen.numpy()).to(device)
+        x = augment(pixels, generator) if augment else normalize(pixels)
+        y, p = (torch.from_numpy(values[chosen.numpy()]).to(device) for values in (faces.target, protected))
+        yield Batch(x.contiguous(memory_format=torch.channels_last), y, p, chosen)
+
+
 def batches(
     faces: Faces,
     batch_size: int = 128,
@@ -121,13 +137,5 @@ def batches(
     n = len(faces)
     order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
     stop = n - n % batch_size if drop_last else n
-    protected = np.full(n, -1) if faces.protected is None else faces.protected
-
-    def epoch():
-        for start in range(0, stop, batch_size):
-            rows = order[start:min(start + batch_size, stop)]
-            pixels = faces.gather(rows.numpy()).to(device)
-            x = augment(pixels, generator) if augment else normalize(pixels)
-            y, p = (torch.from_numpy(values[rows.numpy()]).to(device) for values in (faces.target, protected))
-            yield Batch(x.contiguous(memory_format=torch.channels_last), y, p, rows)
-    return epoch()
+    rows = order[:stop].split(batch_size) if stop else ()
+    return chosen_batches(faces, rows, augment=augment, generator=generator, device=device)
