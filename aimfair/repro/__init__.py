@@ -10,6 +10,7 @@ from .profiles import *
 from .store import *
 from .images import *
 from .jobs import *
+from .choices import *
 from .catalogue import *
 from .scheduler import *
 from .costs import *

@@ -6,7 +6,7 @@
 __all__ = ['CELEBA_SPLITS', 'UTKFACE_IMAGES', 'TRAINING_SETS', 'ABOUT_DATA', 'ABOUT_SYNTHETIC', 'DrawCelebA', 'DrawUTKFace',
            'DrawStudio', 'prompts_of', 'chosen_generator', 'weights_digest', 'generator_identity', 'Synthesize',
            'data_folder', 'split_in_order', 'fingerprint', 'forget_files', 'Images', 'real_table', 'synthetic_table',
-           'ImageSets', 'natural_sizes', 'biased_set_counts', 'set_sizes', 'check_pool', 'biased_synthetic',
+           'shuffled', 'ImageSets', 'natural_sizes', 'biased_set_counts', 'set_sizes', 'check_pool', 'biased_synthetic',
            'balanced_synthetic', 'about_synthetic']
 
 # %% ../../nbs/17_repro/03_images.ipynb #c9aa89cb
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from .. import toyfaces
@@ -23,7 +24,7 @@ from ..core import DataError, digest, file_digest
 from ..data import Faces, celeba, image_groups, load_faces, utkface
 from ..finetuning import real_and_synthetic, repair
 from ..groups import PAPER_GROUPS, Group, balanced_counts, biased_counts, biased_split, group_name, group_sizes, hold_out
-from ..groups import largest_biased_counts, take_groups
+from ..groups import largest_biased_counts, select, take_groups
 from ..prompts import PromptSet, load_prompts
 from .profiles import DataSettings, Protocol, SyntheticSettings
 from .store import Artifact, Job, Store, Work
@@ -44,6 +45,7 @@ class DrawCelebA(Job):
     n_test: int
     seed: int
     size: int  # pixels of a side
+    gap: float = 1.0  # of the photos to the studio
     stage = "faces"
 
     @property
@@ -64,6 +66,7 @@ class DrawUTKFace(Job):
     n: int
     seed: int
     size: int
+    gap: float = 1.0
     stage = "faces"
 
     @property
@@ -209,8 +212,8 @@ def forget_files() -> None:
 
 # %% ../../nbs/17_repro/03_images.ipynb #108882e6
 @lru_cache(maxsize=256)
-def _images(data, synthetic):
-    return Images(data, synthetic)
+def _images(data, synthetic, sample):
+    return Images(data, synthetic, sample)
 
 
 @dataclass(frozen=True)
@@ -218,19 +221,23 @@ class Images:
     "The image sets of a protocol, by name: train (biased, D_R), val, test, pool (synthetic, with known groups) and held out (likewise)."
     data: DataSettings
     synthetic: SyntheticSettings
+    sample: int | None = None  # seed by which training images are drawn out of those there are; None: the first in file order
 
     @staticmethod
-    def of(protocol: Protocol) -> "Images":
+    def of(
+        protocol: Protocol,
+        seed: int | None = None,  # of the run; it matters where the protocol resamples
+    ) -> "Images":
         "The images of a protocol: one value for all protocols that share them."
-        return _images(protocol.data, protocol.synthetic)
+        return _images(protocol.data, protocol.synthetic, seed if protocol.run.resample else None)
 
     @cached_property
     def real_makers(self) -> tuple[Job, ...]:
         "The jobs that draw the real images; none for images on disk."
         d = self.data
         if d.kind == "toy":
-            return (DrawCelebA(d.n_train, d.n_val, d.n_test, d.seed, d.size),)
-        return (DrawUTKFace(d.n_train, d.seed, d.size),) if d.kind == "toy-utkface" else ()
+            return (DrawCelebA(d.n_train, d.n_val, d.n_test, d.seed, d.size, d.gap),)
+        return (DrawUTKFace(d.n_train, d.seed, d.size, d.gap),) if d.kind == "toy-utkface" else ()
 
     @cached_property
     def synthetic_makers(self) -> tuple[Job, ...]:
@@ -281,6 +288,16 @@ def synthetic_table(
     return pd.concat(made, ignore_index=True).sort_values(["target", "protected", "id"], ignore_index=True)
 
 # %% ../../nbs/17_repro/03_images.ipynb #1bf06cb3
+def shuffled(
+    samples,  # a table, or `Faces`
+    *which: int,  # what the order depends on; nothing: as it is
+):
+    "The samples in an order of chance, which depends on these numbers and on how many there are."
+    if not which or None in which:
+        return samples
+    return select(samples, np.random.default_rng([*which, len(samples)]).permutation(len(samples)))
+
+# %% ../../nbs/17_repro/03_images.ipynb #f962f5e8
 class ImageSets:
     "The image sets of a protocol, from a store. Faces are decoded on first use, and mapped, not held."
 
@@ -296,7 +313,8 @@ class ImageSets:
     def real(self) -> pd.DataFrame:
         "Face table of the real images, with splits; the train part is the biased set."
         table, data = real_table(self.images, self.store), self.images.data
-        return pd.concat([biased_split(table, n=data.n, bias=data.bias), table[table.split != "train"]], ignore_index=True)
+        train = biased_split(shuffled(table[table.split == "train"], self.images.sample), n=data.n, bias=data.bias)
+        return pd.concat([train, table[table.split != "train"]], ignore_index=True)
 
     @cached_property
     def synthetic(self) -> pd.DataFrame:
@@ -307,12 +325,14 @@ class ImageSets:
         "Face table of a set."
         if name not in ("pool", "held out"):
             return self.real[self.real.split == name]
-        return hold_out(self.synthetic, n=self.images.synthetic.held_out)[name != "pool"]
+        rest, held_out = hold_out(self.synthetic, n=self.images.synthetic.held_out)
+        return held_out if name != "pool" else rest
 
     def faces(self, name: str) -> Faces:
         "A set, decoded."
         if name not in self._faces:
-            self._faces[name] = load_faces(self.table(name), size=self.images.data.size, cache=self.store.root / "cache")
+            faces = load_faces(self.table(name), size=self.images.data.size, cache=self.store.root / "cache")
+            self._faces[name] = shuffled(faces, self.images.sample) if name == "pool" else faces  # decoded once for all seeds
         return self._faces[name]
 
     train, val, test, pool, held_out = (property(lambda self, name=name: self.faces(name)) for name in (
@@ -325,6 +345,8 @@ def _set_artifact(images, name):
     about = {"size": data.size, "target": data.target, "protected": data.protected}
     about |= {"held_out": synthetic.held_out} if name == "pool" else {"set": name, "seed": data.seed}
     about |= {"n": data.n, "bias": data.bias} if name == "train" or synthetic.kind == "rest" else {}
+    drawn = name in ("train", "pool") or (name, synthetic.kind) == ("held out", "rest")
+    about |= {"sample": images.sample} if drawn and images.sample is not None else {}
     if not makers:
         try:
             about["fingerprint"] = fingerprint(ImageSets(images).table(name))
@@ -394,7 +416,7 @@ def biased_synthetic(sets: ImageSets, protocol: Protocol) -> Faces:
 
 
 def balanced_synthetic(sets: ImageSets) -> Faces:
-    "D_S2: the first `per_group` synthetic images of every group."
+    "D_S2: the first `per_group` synthetic images of every group, in the pool's order."
     check_pool(sets)
     return take_groups(sets.pool, balanced_counts(group_sizes(sets.pool), sets.images.synthetic.per_group))
 
