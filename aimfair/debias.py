@@ -17,12 +17,12 @@ from .core import digest, file_digest, one_line, put_in_place, write_whole
 from .data import faces_table, load_faces
 from .models import image_size, model_from
 from .finetuning import FINETUNE
-from .pipeline import AIMFair
+from .pipeline import AIMFair, prompts_in
 from .training import TrainConfig
 
 # %% ../nbs/15_debias.ipynb #c676ca99
 def _table_digest(table):
-    return digest(*(table[c].tolist() for c in ("id", "target", "protected") if c in table))
+    return digest(*(table[c].tolist() for c in ("id", "target", "protected", "prompt") if c in table))
 
 
 def _model_name(spec):
@@ -118,6 +118,8 @@ def debias(
     mean: tuple[float, ...] | None = None,  # with std: the model's own normalisation; None: it takes pixels in [-1, 1]
     std: tuple[float, ...] | None = None,
     freeze_batchnorm: bool = False,  # True keeps running statistics
+    average: float | None = None,  # share of the fine-tuned weights in their average with those before, in (0, 1]; None: no average
+    mix: float | None = None,  # share of real images in the batches of fine-tuning, between 0 and 1; None: synthetic ones alone
     seed: int = 0,
     device: str | None = None,  # None picks the best there is
     cache: str | Path | None = None,  # folder of decoded images; None: $AIMFAIR_CACHE, or ~/.cache/aimfair
@@ -129,7 +131,8 @@ def debias(
     config = _finetune_config(epochs=epochs, lr=lr, batch_size=batch_size, scale=None if crop is None else (crop, 1.0))
     sources = {"real": real, "synthetic": synthetic, "val": val} | ({} if test is None else {"test": test})
     tables = {name: faces_table(source, groups=name in ("synthetic", "test")) for name, source in sources.items()}
-    method = {"k": k, "bias": bias, "majority": majority, "mean": mean, "std": std, "freeze_batchnorm": freeze_batchnorm, "seed": seed}
+    method = {"k": k, "bias": bias, "majority": majority, "mean": mean, "std": std, "freeze_batchnorm": freeze_batchnorm,
+              "average": average, "mix": mix, "seed": seed}
     record = _record({"model": _model_name(model), "size": size, **method, **config.model_dump()}, tables, {"weights": weights})
 
     def compute(checkpoint):
@@ -137,7 +140,7 @@ def debias(
         aim = AIMFair(network, config=config, gradient_batch_size=config.batch_size, device=device, progress=progress, **method)
         pixels = image_size(network) if size is None else size
         faces = {name: load_faces(table, size=pixels, cache=cache, progress=progress) for name, table in tables.items()}
-        return aim.fit(**faces, checkpoint=checkpoint)
+        return aim.fit(**faces, prompts=prompts_in(tables["synthetic"], faces["synthetic"]), checkpoint=checkpoint)
 
     try:
         return _once(Path(out), record, compute)

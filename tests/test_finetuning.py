@@ -132,7 +132,7 @@ def killed_after(epochs, monkeypatch, run):
     "Run until a number of epochs are over: an epoch ends with one look at the validation images."
     import aimfair.training as training
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        interrupt_at(m, training, "accuracy", epochs + 1)
+        interrupt_at(m, training, "judge", epochs + 1)
         run()
 
 
@@ -298,6 +298,48 @@ def test_an_average_lies_between_and_leaves_what_was_held(share, freeze):
     right = right_answers(mixed.model, faces(4, seed=1), device="cpu")
     assert mixed.val_accuracy == right.mean() and mixed.best_epoch == tuned.best_epoch
     pd.testing.assert_frame_equal(mixed.history, tuned.history)
+
+
+def test_further_criteria_choose_among_averages():
+    "Each criterion keeps the average of its own epoch, and says what that is worth."
+    start, val, criteria = narrow_resnet18(8), faces(4, seed=1), {"first": lambda z: -float(z[0, 0])}
+    how = dict(mask={"fc.weight", "fc.bias"}, config=TrainConfig(epochs=3, batch_size=16, lr=0.1), criteria=criteria, **PLAIN)
+    tuned, mixed = (finetune(start, faces(), val, **how, **more) for more in ({}, {"average": 0.5}))
+    assert tuned.best["first"].epoch == mixed.best["first"].epoch == tuned.history["first"].argmax()
+    assert torch.allclose(mixed.best["first"].state["fc.weight"], (start.fc.weight + tuned.best["first"].state["fc.weight"]) / 2)
+    again = narrow_resnet18(8)
+    again.load_state_dict(mixed.best["first"].state)
+    assert mixed.best["first"].value == pytest.approx(-predict(again, val, device="cpu").logit[0])
+    assert mixed.best["val_accuracy"].value == mixed.val_accuracy
+
+
+# batches that mix real and synthetic images
+
+def test_real_images_have_their_share_of_the_batches_and_no_step_is_added(monkeypatch):
+    import aimfair.finetuning as finetuning
+    seen, real_fit = {}, finetuning.fit
+    def spied(model, train, val, **how):
+        seen.update(train=train, **how)
+        return real_fit(model, train, val, **how)
+
+    monkeypatch.setattr(finetuning, "fit", spied)
+    synthetic, real = faces(8), faces(20, seed=5)
+    finetune(narrow_resnet18(8), synthetic, None, strategy="linear_probe", mix=real, share=0.25, config=SHORT, **PLAIN)
+    assert len(seen["train"]) == 112 and seen["train"].protected is None and seen["config"].steps == 2
+    chances = seen["sampling"] / seen["sampling"].sum()
+    is_real = [bool((image == real.gather(slice(None))).flatten(1).all(1).any()) for image in seen["train"].gather(slice(None))]
+    assert chances[is_real].sum() == pytest.approx(0.25) and len(set(chances[is_real])) == 1 and sum(is_real) == 80
+
+
+def test_a_mix_of_the_same_images_is_as_good_as_none():
+    "Half of what is drawn is told apart by nothing, so that only the order differs: the mask holds, and the model learns."
+    start, mask, images = narrow_resnet18(8), {"fc.weight"}, faces(8)
+    tuned = finetune(start, images, None, mask=mask, mix=images, config=SHORT, **PLAIN).model
+    moved = [n for (n, a), b in zip(start.named_parameters(), tuned.parameters(), strict=True) if not torch.equal(a, b)]
+    assert moved == ["fc.weight"]
+    for share in (0, 1):
+        with pytest.raises(ValueError, match=f"share is {share}"):
+            finetune(start, images, None, mask=mask, mix=images, share=share, config=SHORT, **PLAIN)
 
 
 def test_the_ends_of_an_average_and_what_has_none():

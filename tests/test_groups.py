@@ -217,8 +217,8 @@ def test_prompts_that_are_unknown_change_nothing_and_too_few_are_an_error():
     table = face_rows([(0, 0), (0, 1), (1, 0), (1, 1)] * 6)
     prompts = [f"p{i // 4 // 2}" for i in range(24)]
     plain = hold_out(table, n=1)[1]["id"].tolist()
-    for given in (dict(prompts=False), dict(prompts=None), dict(prompts=[None, *prompts[1:]])):
-        assert hold_out(table.assign(prompt=prompts), n=1, **given)[1]["id"].tolist() == plain
+    for about in (dict(prompts=False), dict(prompts=None), dict(prompts=[None, *prompts[1:]])):
+        assert hold_out(table.assign(prompt=prompts), n=1, **about)[1]["id"].tolist() == plain
     assert len(hold_out(table, n=2, prompts=prompts)[1]) == 8
     with pytest.raises(ValueError, match="23 prompts for 24 images"):
         hold_out(table, n=2, prompts=prompts[1:])

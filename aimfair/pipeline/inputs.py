@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_GROUP', 'MIN_GROUP_AUTO', 'group_scores', 'find_majority', 'synthetic_sets', 'Adapted', 'adapt', 'Images',
-           'gather_images']
+           'prompts_in', 'gather_images']
 
 # %% ../../nbs/14_pipeline/01_inputs.ipynb #a18866d3
 import copy
@@ -18,8 +18,8 @@ from torch import nn
 
 from ..core import DataError, one_line
 from ..device import evaluating
-from ..groups import Group, Majority, balanced_counts, group_indices, group_name, group_sizes, hold_out
-from ..groups import largest_biased_counts, take_groups
+from ..groups import Group, Majority, balanced_counts, group_indices, group_name, group_sizes
+from ..groups import held_out_rows, hold_out, largest_biased_counts, take_groups
 from ..data import Faces, faces_table, load_faces, normalize
 from ..models import logits_of
 
@@ -168,35 +168,48 @@ class Images:
     test: Faces | None
     groups: list[Group]
     held_out_was: str  # "put aside" or "given"
+    prompts_apart: bool = False  # whether images that were put aside share no prompt with others
 
     @property
     def n_classes(self):
         return 1 + max(t for t, _ in self.groups)
 
 
-def _put_aside(pool, held_out, auto):
-    "Synthetic images to learn from, to measure by, and to choose k by."
+def _put_aside(pool, held_out, auto, prompts=None):
+    "Synthetic images to learn from, to measure by, and to choose k by; and whether prompts, where they are known, were put aside whole."
     if held_out is not None:
-        return pool, held_out, held_out if auto else None
-    pool, held_out = hold_out(pool, share=0.1)
-    pool, choosing = hold_out(pool, share=0.2) if auto else (pool, None)
-    return pool, held_out, choosing
+        return pool, held_out, held_out if auto else None, False
+    aside = held_out_rows(pool, share=0.1, prompts=prompts)
+    rest, others = pool.select(~aside), None if prompts is None else np.asarray(prompts, dtype=object)
+    apart = others is not None and not set(others[aside]) & set(others[~aside])
+    learn, choosing = hold_out(rest, share=0.2, prompts=others if others is None else others[~aside]) if auto else (rest, None)
+    return learn, pool.select(aside), choosing, apart
 
-# %% ../../nbs/14_pipeline/01_inputs.ipynb #8665a4f3
-def _pool_of(synthetic, real):
-    "Synthetic faces; a path is read at the size of the real ones."
+# %% ../../nbs/14_pipeline/01_inputs.ipynb #54b2d85f
+def prompts_in(
+    table: pd.DataFrame,  # face table
+    faces: Faces,  # loaded from it
+) -> np.ndarray | None:  # of every face
+    "The prompts of synthetic faces, where their table has a column `prompt`."
+    return table.set_index("id")["prompt"].loc[faces.ids].to_numpy() if "prompt" in table else None
+
+
+def _pool_of(synthetic, real, prompts):
+    "Synthetic faces and their prompts, None where unknown; a path is read at the size of the real ones."
     if isinstance(synthetic, Faces):
-        return synthetic
+        return synthetic, prompts
     if not isinstance(synthetic, str | Path):
         raise ValueError(f"synthetic is a {type(synthetic).__name__}; expected Faces, or a folder with T_P folders or a manifest")
     if not isinstance(real, Faces) or real.size[0] != real.size[1]:
         raise ValueError("synthetic images from a folder become squares, and the real ones are not: load both with load_faces")
-    return load_faces(faces_table(synthetic, groups=True), size=real.size[0])
+    table = faces_table(synthetic, groups=True)
+    faces = load_faces(table, size=real.size[0])
+    return faces, prompts_in(table, faces) if prompts is None else prompts
 
 
-def gather_images(real, synthetic, val, test, held_out, auto) -> Images:
+def gather_images(real, synthetic, val, test, held_out, auto, prompts=None) -> Images:
     "Check everything, and drop the groups of the real images before anyone could look."
-    synthetic = _pool_of(synthetic, real)
+    synthetic, prompts = _pool_of(synthetic, real, None if prompts is None else list(prompts))
     groups = _check_pool(synthetic, auto and held_out is None)
     given = {"real": real, "val": val, "test": test, "held_out": held_out}
     for name, faces in given.items():
@@ -207,5 +220,5 @@ def gather_images(real, synthetic, val, test, held_out, auto) -> Images:
     if held_out is not None:
         _check_held_out(held_out, groups)
     was = "put aside" if held_out is None else "given"
-    pool, held_out, choosing = _put_aside(synthetic, held_out, auto)
-    return Images(real.without_groups(), pool, held_out, choosing, val.without_groups(), test, groups, was)
+    pool, held_out, choosing, apart = _put_aside(synthetic, held_out, auto, prompts)
+    return Images(real.without_groups(), pool, held_out, choosing, val.without_groups(), test, groups, was, apart)

@@ -134,6 +134,10 @@ def _check_options(aim):
         raise ValueError(f"per_group is {aim.per_group!r}; expected a whole number of 2 or more, or None")
     if aim.gradient_batch_size < 2:
         raise ValueError(f"gradient_batch_size is {aim.gradient_batch_size}; expected 2 or more")
+    if aim.average is not None and not 0 < aim.average <= 1:
+        raise ValueError(f"average is {aim.average}; expected the share of the fine-tuned weights in (0, 1], or None")
+    if aim.mix is not None and not 0 < aim.mix < 1:
+        raise ValueError(f"mix is {aim.mix}; expected the share of real images in a batch, between 0 and 1, or None")
     if aim.strategy not in get_args(Strategy):
         raise ValueError(unknown("fine-tuning strategy", aim.strategy, get_args(Strategy)))
     _check_normalisation(aim.mean, aim.std)
@@ -175,12 +179,14 @@ def _selective(aim, model, sets, images, kept, how):
         choice, k = None, aim.k or paper_k(len(gradients["real"]))
         mask = select_parameters(**gradients, k=k)  # says which k would do when none is selected
         fitted = finetune(model, balanced, images.val, mask=mask, checkpoint=kept.path("finetuning.pt"), **how)
-    return _Tuned(fitted, [n for n in gradients["real"] if n in mask], k, sensitivity_table(**gradients, k=k), choice)
+    table = sensitivity_table(**gradients, k=k or None)  # k = 0, the unchanged model, selects nothing
+    return _Tuned(fitted, [n for n in gradients["real"] if n in mask], k, table.assign(selected=table.selected & (k > 0)), choice)
 
 
 def _tune(aim, model, sets, images, kept, device) -> _Tuned:
     "Fine-tune a copy of the model by the strategy that was asked for."
-    how = {name: getattr(aim, name) for name in ("config", "seed", "freeze_batchnorm", "progress")} | {"device": device}
+    how = {name: getattr(aim, name) for name in ("config", "seed", "freeze_batchnorm", "average", "progress")} | {"device": device}
+    how |= {} if aim.mix is None else {"mix": images.real, "share": aim.mix}
     if aim.strategy == "selective":
         return _selective(aim, model, sets, images, kept, how)
     updated = trainable_parameters(model, aim.strategy)
@@ -199,10 +205,13 @@ def _counts(sets, images):
 def _setup(aim, images, sets, majority, accuracy, tuned):
     "The facts of a run, as plain values."
     batch = {"gradient_batch_size": aim.gradient_batch_size} if aim.strategy == "selective" else {}
+    batch |= {} if tuned.choice is None else {"rule": tuned.choice.rule}
     return {"strategy": aim.strategy, "tensors": sum(1 for _ in aim.model.parameters()), "k": tuned.k, "bias": aim.bias,
             "per_group": aim.per_group, "seed": aim.seed, "freeze_batchnorm": aim.freeze_batchnorm,
+            "average": aim.average, "mix": aim.mix,
             "config": json.loads(aim.config.model_dump_json()), "image_size": list(images.real.size), "images": _counts(sets, images),
             "groups": list(map(group_name, images.groups)), "held_out": images.held_out_was,
+            "held_out_prompts": images.prompts_apart,
             "majority": list(map(group_name, majority.items())), "majority_source": "model" if aim.majority is None else "given",
             "synthetic_accuracy_by_group": {group_name(g): float(a) for g, a in accuracy.items()}, **batch,
             "updated": len(tuned.updated), "best_epoch": tuned.fitted.best_epoch}
@@ -222,19 +231,26 @@ def _chance_note(val, before):
     return [f"The model handed in gets {100 * before:.1f} % on val; always giving the most frequent answer would get {100 * often:.1f} %: "
             "are the images' size and normalisation (mean=, std=) those it was made for?"]
 
+
+def _unchanged_note(choice):
+    "A warning where the model is handed back as it was."
+    return [] if choice is None or choice.k else ["The model is unchanged: no candidate for k was fairer on synthetic images without being "
+                                                  "less accurate on real ones."]
+
 # %% ../../nbs/14_pipeline/03_method.ipynb #c484c783
 def _report(aim, model, sets, images, majority, accuracy, tuned, device) -> BeforeAfter:
     "Measure both models on all sets that can be measured, and say what was done."
     measured = {"validation": images.val, "synthetic": images.held_out} | ({} if images.test is None else {"test": images.test})
     figures = compare_predictions({name: tuple(predict(m, faces, device=device, precision=aim.config.precision)
                                                for m in (model, tuned.fitted.model)) for name, faces in measured.items()})
-    notes = _batch_notes(aim, sets) + _chance_note(images.val, figures.loc[("validation", "accuracy"), "before"])
+    before = figures.loc[("validation", "accuracy"), "before"]
+    notes = [*_batch_notes(aim, sets), *_chance_note(images.val, before), *_unchanged_note(tuned.choice)]
     return BeforeAfter(figures, _setup(aim, images, sets, majority, accuracy, tuned), notes, tuned.choice)
 
 
 def _identity(aim, images):
     "What makes two runs the same run: plain values."
-    names = ("k", "bias", "per_group", "gradient_batch_size", "strategy", "freeze_batchnorm", "seed")
+    names = ("k", "bias", "per_group", "gradient_batch_size", "strategy", "freeze_batchnorm", "average", "mix", "seed")
     majority = None if aim.majority is None else parse_majority(aim.majority, images.groups)
     faces = [_faces_digest(images.real), _faces_digest(images.pool, groups=True), _faces_digest(images.held_out, groups=True),
              _faces_digest(images.val)]
@@ -259,6 +275,8 @@ class AIMFair:
     gradient_batch_size: int = 128  # images in a mini-batch of the gradient passes, 2 or more
     strategy: Strategy = "selective"  # or "full", "linear_probe", for comparison
     freeze_batchnorm: bool = False  # True keeps running statistics (the paper lets them drift)
+    average: float | None = None  # share of the fine-tuned weights in their average with those before, in (0, 1]; the paper has none
+    mix: float | None = None  # share of real images in the batches of fine-tuning, between 0 and 1; None, as in the paper: none
     mean: tuple[float, ...] | None = None  # with std: the model's own normalisation of pixels in [0, 1]; None: it takes [-1, 1]
     std: tuple[float, ...] | None = None
     seed: int = 0
@@ -275,10 +293,12 @@ class AIMFair:
         val: Faces,  # real validation images, pick the best epoch (and k, where it is "auto"); groups are not read
         test: Faces | None = None,  # real test images for the report, with groups where known
         held_out: Faces | None = None,  # synthetic images to measure by, and to choose k by; None: some of `synthetic` are put aside
+        prompts: Iterable[str] | None = None,  # of every synthetic image, so that prompts are put aside whole; None: a manifest's, if any
         checkpoint: str | Path | None = None,  # folder from which a killed run continues
     ) -> Debiased:
         "Find the bias, rank the tensors, fine-tune the masked ones and compare. Raises `ValueError` for input that cannot work."
-        images = gather_images(real, synthetic, val, test, held_out, auto=self.k == "auto" and self.strategy == "selective")
+        auto = self.k == "auto" and self.strategy == "selective"
+        images = gather_images(real, synthetic, val, test, held_out, auto, prompts)
         device = pick_device(self.device)
         ready = adapt(self.model, images.real, images.n_classes, self.mean, self.std, device)
         kept = _Checkpoint(checkpoint, lambda: _identity(self, images))
