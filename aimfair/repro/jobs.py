@@ -296,6 +296,11 @@ def edited_faces(edit: Edit, store: Store) -> Faces:
     return Faces.from_arrays(joined["images"], joined["target"], protected=joined["protected"], ids=ids)
 
 # %% ../../nbs/17_repro/04_jobs.ipynb #ee7ff1c8
+def _group_numbers(faces):
+    "The group of each image as one number."
+    return 2 * np.asarray(faces.target) + np.asarray(faces.protected)
+
+
 @dataclass(frozen=True)
 class TrainBaseline(ModelJob):
     "Train from the initial weights by a method of the comparison."
@@ -348,7 +353,7 @@ class TrainBaseline(ModelJob):
     def needed(self, sets: ImageSets, store: Store) -> dict[str, Any]:
         "What the method is given beside training and validation images."
         offered = {"edited": lambda: edited_faces(*self.after, store), "synthetic": lambda: balanced_synthetic(sets),
-                   "groups": lambda: 2 * sets.train.target + sets.train.protected}
+                   "groups": lambda: _group_numbers(sets.train), "val_groups": lambda: _group_numbers(sets.val)}
         return {name: offered[name]() for name in self.baseline.needs}
 
     def fit(self, sets, store, checkpoint):
