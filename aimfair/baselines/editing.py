@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, field_validator
 from torch.nn import functional as F
 
-from .register import baseline
+from .register import MethodSettings, baseline
 from ..core import Settings
 from ..data import Faces
 from ..groups import group_name
@@ -138,12 +138,13 @@ def edit_protected(
     return Faces.from_arrays(images, plan.target.to_numpy(), protected=plan.protected.to_numpy(), ids=plan.id.to_numpy(str))
 
 # %% ../../nbs/13_baselines/03_editing.ipynb #a978d21f
-class DiGASettings(Settings):
-    "DiGA's idea: the training has nothing to set; how faces are edited is said to `edit_protected`."
+class DiGASettings(MethodSettings):
+    "DiGA's idea: the training has only its optimiser to set; how faces are edited is said to `edit_protected`."
 
 
-@baseline("DiGA", DiGASettings, "after Zhang et al., CVPR 2024", passes=2)
+@baseline("DiGA-style", DiGASettings, "after Zhang et al., CVPR 2024", passes=2, slug="diga", candidates=({}, {"lr": 0.003}),
+          selects="accuracy on validation images")
 def train_diga(model, train, val, run, *, edited):
     """Train on real faces and on their edits, from `edit_protected` (after Zhang et al., "Distributionally Generative Augmentation for Fair
-    Facial Attribute Classification", CVPR 2024). An epoch is longer by the edits."""
+    Facial Attribute Classification", CVPR 2024). Unless steps are held, an epoch is longer by the edits."""
     return run.fit(copy.deepcopy(model), Faces.concat([train, edited.without_groups()]), val)
