@@ -367,6 +367,39 @@ def test_auto_is_choose_k_by_hand(network, larger, automatic):
     assert [counts[f"synthetic_{s}"] for s in ("biased", "balanced", "for_k", "held_out")] == [80, 144, 36, 20]
 
 
+def test_prompts_are_put_aside_whole(network, larger, automatic):
+    "From 25 prompts a group, two images each, two prompts are for the report and four to choose by."
+    pool = larger["synthetic"]
+    prompts = np.empty(len(pool), object)
+    for group, index in group_indices(pool).items():
+        prompts[index] = [f"{group} {i % 25}" for i in range(50)]
+    result = AIMFair(network, **AUTO).fit(**larger, prompts=prompts)
+    setup = result.report.setup
+    assert [setup["images"][f"synthetic_{s}"] for s in ("for_k", "held_out", "balanced")] == [4 * 8, 4 * 4, 4 * 38]
+    assert setup["held_out_prompts"] and not automatic.report.setup["held_out_prompts"]
+    assert setup["rule"] == result.report.choice.rule and "2 standard errors" in setup["rule"]
+
+
+def test_a_model_that_no_candidate_improves_is_handed_back_as_it_was(network, larger):
+    "Steps that are too small to move anything: of equal candidates the one that moves nothing is taken."
+    still = QUICK.model_copy(update={"lr": 1e-30})
+    with pytest.warns(UserWarning, match="The model is unchanged"):
+        result = AIMFair(network, **AUTO | {"config": still}, freeze_batchnorm=True).fit(**larger)
+    assert result.report.setup["k"] == 0 and result.mask == [] and not result.sensitivity.selected.any()
+    assert same_state(result.model.state_dict(), network.state_dict()) and len(result.history) == 0
+
+
+def test_averages_and_mixes_are_those_of_finetuning(network, small):
+    how = dict(strategy="full", majority="0_1,1_0", average=0.5, mix=0.25, freeze_batchnorm=True)
+    result = AIMFair(network, **RUN, **how).fit(**small)
+    pool = small["synthetic"]
+    learn = pool.select(np.sort(np.concatenate([i[:20] for i in group_indices(pool).values()])))
+    by_hand = finetuning.finetune(network, learn, small["val"], strategy="full", average=0.5, mix=small["real"], share=0.25,
+                                  freeze_batchnorm=True, config=QUICK, device="cpu", progress=False)
+    assert same_state(result.model.state_dict(), by_hand.model.state_dict())
+    assert (result.report.setup["average"], result.report.setup["mix"]) == (0.5, 0.25)
+
+
 def test_auto_reads_no_group_of_a_real_image(network, larger, automatic):
     same_result(AIMFair(network, **AUTO).fit(**{**larger, "real": poisoned(larger["real"]), "val": poisoned(larger["val"])}), automatic)
 
@@ -494,6 +527,7 @@ def test_mistakes_in_images(network, small, mistake):
     ({"k": "best"}, 'k=.best. is not .* nor "auto"'),
     ({"bias": 1}, "bias is 1"), ({"bias": -0.1}, "bias is -0.1"), ({"strategy": "some"}, "there are selective, full, linear_probe"),
     ({"per_group": 1}, "per_group is 1; expected a whole number of 2 or more"), ({"per_group": "all"}, "per_group is 'all'"),
+    ({"average": 0}, "average is 0; expected the share"), ({"mix": 1}, "mix is 1"), ({"tolerance": -1}, "tolerance is -1"),
     ({"gradient_batch_size": 1}, "expected 2 or more"), ({"mean": (0, 0, 0)}, "three numbers each"),
     ({"mean": (0, 0, 0), "std": (1, 0, 1)}, "above 0"), ({"model": "resnet18"}, "model is a str"), ({"model": nn.ReLU()}, "no parameters"),
 ])

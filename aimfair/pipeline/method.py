@@ -134,6 +134,8 @@ def _check_options(aim):
         raise ValueError(f"per_group is {aim.per_group!r}; expected a whole number of 2 or more, or None")
     if aim.gradient_batch_size < 2:
         raise ValueError(f"gradient_batch_size is {aim.gradient_batch_size}; expected 2 or more")
+    if not aim.tolerance >= 0:
+        raise ValueError(f"tolerance is {aim.tolerance}; expected standard errors, 0 or more")
     if aim.average is not None and not 0 < aim.average <= 1:
         raise ValueError(f"average is {aim.average}; expected the share of the fine-tuned weights in (0, 1], or None")
     if aim.mix is not None and not 0 < aim.mix < 1:
@@ -173,7 +175,8 @@ def _selective(aim, model, sets, images, kept, how):
     "Rank the tensors and fine-tune those of the mask."
     gradients, balanced = _gradients(aim, model, sets, kept, how["device"]), sets["synthetic_balanced"]
     if images.choosing is not None:
-        choice = choose_k(model, balanced, images.val, images.choosing, gradients=gradients, checkpoint=kept.path("candidates"), **how)
+        choice = choose_k(model, balanced, images.val, images.choosing, gradients=gradients, tolerance=aim.tolerance,
+                          checkpoint=kept.path("candidates"), **how)
         fitted, k, mask = copy.deepcopy(choice.fitted), int(choice.k), choice.mask
     else:
         choice, k = None, aim.k or paper_k(len(gradients["real"]))
@@ -235,7 +238,8 @@ def _chance_note(val, before):
 def _unchanged_note(choice):
     "A warning where the model is handed back as it was."
     return [] if choice is None or choice.k else ["The model is unchanged: no candidate for k was fairer on synthetic images without being "
-                                                  "less accurate on real ones."]
+                                                  "less accurate on val. (Is val as biased as the training set? Then any fairer "
+                                                  "model is; tolerance=inf leaves the choice to the synthetic images.)"]
 
 # %% ../../nbs/14_pipeline/03_method.ipynb #c484c783
 def _report(aim, model, sets, images, majority, accuracy, tuned, device) -> BeforeAfter:
@@ -250,7 +254,7 @@ def _report(aim, model, sets, images, majority, accuracy, tuned, device) -> Befo
 
 def _identity(aim, images):
     "What makes two runs the same run: plain values."
-    names = ("k", "bias", "per_group", "gradient_batch_size", "strategy", "freeze_batchnorm", "average", "mix", "seed")
+    names = ("k", "bias", "per_group", "gradient_batch_size", "strategy", "freeze_batchnorm", "tolerance", "average", "mix", "seed")
     majority = None if aim.majority is None else parse_majority(aim.majority, images.groups)
     faces = [_faces_digest(images.real), _faces_digest(images.pool, groups=True), _faces_digest(images.held_out, groups=True),
              _faces_digest(images.val)]
@@ -275,6 +279,7 @@ class AIMFair:
     gradient_batch_size: int = 128  # images in a mini-batch of the gradient passes, 2 or more
     strategy: Strategy = "selective"  # or "full", "linear_probe", for comparison
     freeze_batchnorm: bool = False  # True keeps running statistics (the paper lets them drift)
+    tolerance: float = 2.0  # with k="auto": standard errors by which a candidate may be less accurate on `val` than the model as it is
     average: float | None = None  # share of the fine-tuned weights in their average with those before, in (0, 1]; the paper has none
     mix: float | None = None  # share of real images in the batches of fine-tuning, between 0 and 1; None, as in the paper: none
     mean: tuple[float, ...] | None = None  # with std: the model's own normalisation of pixels in [0, 1]; None: it takes [-1, 1]
