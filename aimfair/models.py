@@ -28,7 +28,7 @@ def narrow_resnet18(
     width: int = 16,  # channels of the first stage; torchvision's ResNet-18 has 64
     n_outputs: int = 1,  # logits
 ) -> nn.Module:  # a torchvision ResNet with the same 62 tensor names, for images of 32 to 96 pixels
-    "ResNet-18 narrowed to `width`, with a 3 x 3 stem of stride 2 and no max-pooling."
+    "ResNet-18 narrowed to `width`, with a 3 x 3 stem of stride 2."
     from torchvision.models.resnet import BasicBlock, ResNet
 
     class NarrowResNet18(ResNet):
@@ -40,7 +40,7 @@ def narrow_resnet18(
     model = NarrowResNet18(BasicBlock, [2, 2, 2, 2], num_classes=n_outputs)
     model.conv1 = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.bn1, model.maxpool = nn.BatchNorm2d(width), nn.Identity()
+    model.bn1 = nn.BatchNorm2d(width)
     model.fc = nn.Linear(8 * width, n_outputs)
     return model
 

@@ -10,7 +10,7 @@ from faults import interrupt_at
 from PIL import Image
 
 from aimfair import data
-from aimfair.toyfaces import TONES, annotations, caption, draw, sample_factors, worlds, write_celeba, write_groups, write_utkface
+from aimfair.toyfaces import TONES, annotations, caption, draw, judged, sample_factors, worlds, write_celeba, write_groups, write_utkface
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_biased_split_fits_the_default_train_split():
 
 def test_annotations_are_thresholds_on_factors():
     f = sample_factors(2000, seed=3)
-    tags = annotations(f)
+    tags = annotations(f, "sure")
     assert set(np.unique(tags)) == {0, 1} and tags.index.equals(f.index)
     halves = {"Smiling": f.smile, "Male": f.gender, "Eyeglasses": f.glasses, "Mustache": f.moustache, "Wearing_Hat": f.hat}
     for tag, factor in halves.items():
@@ -124,15 +124,15 @@ def test_annotations_are_thresholds_on_factors():
 def test_some_smiles_are_hard():
     smile = sample_factors(4000, seed=4)["smile"]
     near = ((smile - 0.5).abs() < 0.1).mean()
-    assert 0.02 < near < 0.15 and smile.between(0, 1).all()
+    assert 0.15 < near < 0.25 and smile.between(0, 1).all()  # as frequent as clear ones
 
 
 @pytest.mark.parametrize("name", ["Smiling", "Male", "Young"])
 def test_conditions_hold(name):
     for value in (0, 1):
-        assert (annotations(sample_factors(200, seed=6, **{name: value}))[name] == value).all()
+        assert (annotations(sample_factors(200, seed=6, **{name: value}), "sure")[name] == value).all()
     wanted = np.arange(50) % 2
-    assert (annotations(sample_factors(50, seed=6, **{name: wanted}))[name] == wanted).all()
+    assert (annotations(sample_factors(50, seed=6, **{name: wanted}), "sure")[name] == wanted).all()
 
 
 def test_a_factor_can_be_set():
@@ -150,7 +150,7 @@ def test_wrong_requests_name_the_choices(wrong, named):
 
 def test_captions_say_what_the_tags_say():
     f = sample_factors(300, seed=8)
-    tags = annotations(f)
+    tags = annotations(f, "sure")
     for words, (_, tag), face in zip(caption(f), tags.iterrows(), f.itertuples(), strict=True):
         terms = words.replace(",", "").split()
         assert words.startswith("Portrait face photo of a ")
@@ -270,7 +270,7 @@ def test_utkface_layout(tmp_path):
     f = sample_factors(40, seed=3, start=1)
     names = sorted(path.stem.split("_") for path in tmp_path.glob("*.jpg"))
     assert len(names) == 40 and all(len(fields) == 4 for fields in names)
-    wanted = [[int(a), int(g <= 0.5), min(int(t * 5), 4)] for a, g, t in zip(f.age, f.gender, f.tone, strict=True)]
+    wanted = [[int(a), int(g <= 0.5), min(int(t * 5), 4)] for a, g, t in zip(f.age, judged(f, "gender", "utkface"), f.tone, strict=True)]
     assert sorted([int(x) for x in fields[:3]] for fields in names) == sorted(wanted)
     assert len(data.utkface(tmp_path)) == 40
 

@@ -6,10 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/05_toyfaces/00_toyfaces.ipynb #e4ade922
-from . import factors, painting, words, worlds
+from . import factors, oracles, painting, words, worlds
 from .factors import *
+from .oracles import *
 from .painting import *
 from .words import *
 from .worlds import *
 
-__all__ = [*factors.__all__, *painting.__all__, *words.__all__, *worlds.__all__]
+__all__ = [*factors.__all__, *oracles.__all__, *painting.__all__, *words.__all__, *worlds.__all__]

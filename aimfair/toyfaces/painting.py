@@ -13,7 +13,7 @@ import torch
 from .canvas import Canvas, byte_planes
 from .factors import WORLD_STYLES, check_style
 from .features import age_lines, beard, brows, eyes, flesh, glasses, head, mouth, nose, smile_relief
-from .surroundings import background, body, ears, hair_back, hair_front, hat
+from .surroundings import background, body, ears, hair_back, hair_front, hat, hidden_mouth
 
 # %% ../../nbs/05_toyfaces/05_painting.ipynb #7f8ce2a1
 def light(c):
@@ -45,19 +45,19 @@ def _blockwise(x, amount):
 def _camera(c):
     "What a camera adds to a photo: exposure, colour cast, contrast, blur, coarse colour and sensor noise."
     f, p = c.f, c.p
-    cast = np.stack([1 + 0.11 * f["warmth"], 1 + 0.05 * f["tint"], 1 - 0.13 * f["warmth"]], 1) * (1 + f["exposure"])[:, None]
+    cast = np.stack([1 + 0.11 * f["warmth"], 1 + 0.05 * f["tint"], 1 - 0.13 * f["warmth"]], 1) * ((1 + f["exposure"]) * (1 - f["dim"]))[:, None]
     x = c.pixels * c.colour(cast)
     x = ((x - 0.5) * p["contrast"][:, None] + 0.5).clamp_(0, 1.05)
     x = _soften(_soften(x, p["blur"][:, None].clamp(max=0.8)), (p["blur"][:, None] - 0.4).clamp(min=0))
     x = _blockwise(x, 0.8)
     noise = byte_planes(c, 6, 1)
     grain = noise[:, :3] + noise[:, 3:]
-    x = x + (grain * 0.6 + grain[:, :1] * 0.4) * (p["noise"] * 0.072)[:, None]
+    x = x + (grain * 0.6 + grain[:, :1] * 0.4) * (p["noise"] * 0.072 * (1 + 1.5 * p["dim"]))[:, None]
     return x
 
 # %% ../../nbs/05_toyfaces/05_painting.ipynb #696f43d5
 LAYERS = (background, hair_back, body, ears, head, flesh, smile_relief, age_lines, beard, nose, mouth, eyes, brows,
-          glasses, hair_front, hat, light)
+          glasses, hair_front, hat, hidden_mouth, light)
 
 
 def _draw_chunk(factors, size, layers=LAYERS):

@@ -138,3 +138,28 @@ def hat(c):
     rim = cover((v + 0.42 - 0.25 * u * u).abs() - 0.055, c.soft) * cover(x.abs() - c.wide - 0.13, c.soft) * there
     c.paint(rim, c.colour(colour * 0.6), rows)
     c.head[:, rows] = torch.maximum(c.head[:, rows], torch.maximum(crown, rim))
+
+# %% ../../nbs/05_toyfaces/03_surroundings.ipynb #b0c7d79c
+def _scarf(c, rows):
+    u, v = c.u[:, rows], c.v[:, rows]
+    cloth = cover(0.36 - v + 0.05 * wave(u * 1.3 + c.p["wave"]), c.soft * 1.5) * cover(c.x[:, rows].abs() - c.wide - 0.05, c.soft)
+    return cloth, cover(wave(v * 4.0 + u * 0.6).abs() - 0.25, c.soft * 8)
+
+
+def _cup(c, rows):
+    x, y = c.u[:, rows] - 0.12 * c.p["light_x"], c.v[:, rows]
+    side = torch.maximum(x.abs() - 0.30 + 0.08 * y, 0.40 - y)
+    return cover(torch.maximum(side, y - 0.92), c.soft), cover((y - 0.45).abs() - 0.025, c.soft)
+
+
+def hidden_mouth(c):
+    "A scarf or a cup before the mouth."
+    p, rows = c.p, c.band(0.1, 1)
+    if not (p["hidden"] > 0.5).any():
+        return
+    there, scarf = (p["hidden"] > 0.5).float(), (p["scarf"] > 0.5).float()
+    colour = c.colour(ramp(HUES, (c.f["shirt"] + 0.4) % 1) * (0.35 + 0.6 * c.f["shirt_light"])[:, None])
+    for (over, dark), which in ((_scarf(c, rows), there * scarf), (_cup(c, rows), there * (1 - scarf))):
+        c.paint(over * which, colour, rows)
+        c.shade(over * dark * which, 0.80, rows)
+        c.head[:, rows] = torch.maximum(c.head[:, rows], over * which)

@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core import write_whole
 from ..groups import PAPER_GROUPS, group_name
-from .factors import annotations, sample_factors
+from .factors import annotations, judged, sample_factors
 from .painting import draw
 from .words import caption, tone_band
 
@@ -31,7 +31,7 @@ def _encode(image, suffix):
 
 def _claim(root, **world):
     "Note which world a folder holds; refuse to mix two."
-    note, root = json.dumps({"format": 1, **world}, sort_keys=True), Path(root)
+    note, root = json.dumps({"format": 2, **world}, sort_keys=True), Path(root)
     path = root / "toyfaces.json"
     if path.exists() and path.read_text(encoding="utf-8") != note:
         raise ValueError(f"{root} holds other drawn faces, {path.read_text(encoding='utf-8')}, not {note}: choose another folder")
@@ -52,7 +52,7 @@ def _write_images(root, names, factors, size):
 # %% ../../nbs/05_toyfaces/07_worlds.ipynb #e2e0fcdc
 def _celeba_tables(factors, ids, counts):
     "The text of `list_attr_celeba.txt` and of `list_eval_partition.txt`."
-    table = annotations(factors)
+    table = annotations(factors, "celeba")
     rows = [f"{name} " + " ".join(f"{2 * v - 1:2d}" for v in row) for name, row in zip(ids, table.to_numpy().tolist(), strict=True)]
     attributes = "\n".join([str(len(ids)), " ".join(table.columns) + " ", *rows, ""])
     return attributes, "".join(f"{i} {k}\n" for i, k in zip(ids, np.repeat([0, 1, 2], counts), strict=True))
@@ -67,10 +67,11 @@ def write_celeba(
     seed: int = 0,
     style: str = "photo",
     size: int = 64,
+    gap: float = 1.0,  # of a photo to the studio, as for `sample_factors`
 ) -> Path:  # the root
     "Write CelebA's layout: `img_align_celeba/`, `list_attr_celeba.txt`, `list_eval_partition.txt`; images that are there already are kept."
-    factors = sample_factors(n_train + n_val + n_test, seed=seed, start=1, style=style)
-    root = _claim(root, layout="celeba", seed=seed, style=style, size=size)
+    factors = sample_factors(n_train + n_val + n_test, seed=seed, start=1, style=style, gap=gap)
+    root = _claim(root, layout="celeba", seed=seed, style=style, size=size, gap=gap)
     ids = [f"{i:06d}.jpg" for i in factors["index"]]
     _write_images(root / "img_align_celeba", ids, factors, size)
     attributes, partition = _celeba_tables(factors, ids, [n_train, n_val, n_test])
@@ -90,11 +91,13 @@ def write_utkface(
     seed: int = 0,
     style: str = "photo",
     size: int = 64,
+    gap: float = 1.0,  # as for `write_celeba`
 ) -> Path:  # the root
     "Write UTKFace's layout, `age_gender_race_date.jpg`: gender 1 is female, and the race field is the *drawn skin tone*, 0 lightest to 4."
-    f = sample_factors(n, seed=seed, start=1, style=style)
-    root = _claim(root, layout="utkface", seed=seed, style=style, size=size)
-    _write_images(root, [_utkface_name(*row) for row in zip(f["age"], f["gender"], f["tone"], f["index"], strict=True)], f, size)
+    f = sample_factors(n, seed=seed, start=1, style=style, gap=gap)
+    root = _claim(root, layout="utkface", seed=seed, style=style, size=size, gap=gap)
+    gender = judged(f, "gender", "utkface")
+    _write_images(root, [_utkface_name(*row) for row in zip(f["age"], gender, f["tone"], f["index"], strict=True)], f, size)
     return root
 
 # %% ../../nbs/05_toyfaces/07_worlds.ipynb #537bba67
