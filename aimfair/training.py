@@ -346,7 +346,7 @@ class Fitted:
     history: pd.DataFrame  # one row an epoch: lr, loss, train accuracy, val accuracy, each criterion
     best_epoch: int  # by validation accuracy, counted from 0
     val_accuracy: float  # of the best epoch; NaN without a validation set
-    best: dict[str, Best] = field(default_factory=dict)  # val_accuracy's choice and that of each criterion
+    best: dict[str, Best] = field(default_factory=dict, repr=False)  # val_accuracy's choice and that of each criterion
 
     def part(
         self,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import aimfair.training as training
 from aimfair import baselines
@@ -23,6 +24,8 @@ from aimfair.baselines import (
     GroupDRO,
     LearningFromFailure,
     alignment,
+    balanced_head,
+    balanced_sampling,
     baseline,
     cvar,
     edit_plan,
@@ -33,11 +36,17 @@ from aimfair.baselines import (
     maple_scores,
     project_scores,
     scale_gradients,
+    sparse_regression,
     train_cvar,
+    train_dfr,
+    train_dfr_synthetic,
     train_diga,
     train_eiil,
     train_erm,
+    train_ffr,
+    train_group_dro,
     train_jtt,
+    train_jtt_synthetic,
     train_lff,
     train_maple,
     upsampled,
@@ -50,7 +59,8 @@ from aimfair.training import TrainConfig, fit, predict_logits
 
 SHORT = TrainConfig(epochs=2, batch_size=32, lr=0.05, milestones=(), scale=(0.8, 1.0), flip=0.5)
 QUIET = {"device": "cpu", "progress": False}
-FAST = {"EIIL": {"steps": 50, "lr": 0.1}, "MAPLE": {"outer_steps": 2}}  # settings that make a method quick
+FAST = {"EIIL": {"inference_steps": 50, "inference_lr": 0.1}, "MAPLE-style": {"outer_steps": 2}, "DFR": {"draws": 2},
+        "DFR, synthetic groups": {"draws": 2}}  # settings that make a method quick
 
 
 def pictures(per_group, seed, classes=2, side=8, signal=16):
@@ -80,7 +90,9 @@ def edits(faces):
 
 
 def trained(name, train, val, *, model=None, config=SHORT, **given):
-    extra = {"edited": edits(train)} if "edited" in BASELINES[name].needs else {}
+    given_to_some = {"edited": edits(train), "synthetic": edits(train), "groups": 2 * train.target + np.arange(len(train)) % 2,
+                     "val_groups": None if val is None else 2 * val.target + np.arange(len(val)) % 2}
+    extra = {n: given_to_some[n] for n in BASELINES[name].needs}
     return BASELINES[name].train(model or network(), train, val, config=config, **QUIET, **FAST.get(name, {}), **extra, **given)
 
 
@@ -106,7 +118,11 @@ def test_group_labels_change_nothing_and_the_seed_everything(name):
         faces.protected = rng.permutation(faces.protected)
     assert same(fitted, trained(name, train, val))
     assert not same(fitted, trained(name, train, val, seed=1))
-    assert len(fitted.history) == SHORT.epochs and fitted.val_accuracy == fitted.history.val_accuracy.max()
+    assert fitted.val_accuracy == fitted.history.val_accuracy[fitted.best_epoch]
+    if name.startswith("DFR"):  # whose last row is the last layer
+        assert len(fitted.history) == SHORT.epochs + 1 and fitted.best_epoch == SHORT.epochs
+    else:
+        assert len(fitted.history) == SHORT.epochs and fitted.val_accuracy == fitted.history.val_accuracy.max()
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -123,7 +139,8 @@ def test_a_killed_run_continues_and_another_run_is_refused(name, tmp_path, monke
 
 
 @pytest.mark.parametrize("name, other", [
-    ("CVaR DRO", {"alpha": 0.25}), ("LfF", {"q": 0.5}), ("EIIL", {"group_step": 1.0}), ("JTT", {"upweight": 2}), ("MAPLE", {"size": 0.9})])
+    ("CVaR DRO", {"alpha": 0.25}), ("LfF", {"q": 0.5}), ("EIIL", {"group_step": 1.0}), ("JTT", {"upweight": 2}),
+    ("MAPLE-style", {"size": 0.9})])
 def test_a_checkpoint_of_other_settings_is_refused(name, other, tmp_path):
     train, val = biased(80, 0), biased(40, 1)
     trained(name, train, val, checkpoint=tmp_path / "run.pt")
@@ -177,28 +194,75 @@ def test_a_new_method_is_one_function_and_its_settings(tmp_path):
     with pytest.raises(ValueError, match="no setting 'fcator'; did you mean factor?"):
         entry.train(network(), train, val, company=company, fcator=1, config=SHORT, **QUIET)
     shown = inspect.signature(entry.train).parameters
-    assert [*shown] == ["model", "train", "val", "company", "config", "seed", "checkpoint", "device", "progress", "settings"]
+    assert [*shown] == ["model", "train", "val", "company", "config", "seed", "checkpoint", "device", "progress", "criteria", "settings"]
 
 
 def test_what_a_method_costs():
     "In trainings by ERM: a first model and a second one, two models side by side, twice the images."
     of = {name: b.passes(b.settings(), SHORT) for name, b in BASELINES.items()}
-    assert of == {"ERM": 1, "CVaR DRO": 1, "EIIL": 1.5, "LfF": 2, "JTT": 2, "MAPLE": 1 + 10 / 3, "DiGA": 2}
-    assert BASELINES["MAPLE"].passes(BASELINES["MAPLE"].settings(outer_steps=3), SHORT) == 2
+    assert of == {"ERM": 1, "CVaR DRO": 1, "EIIL": 1.5, "LfF": 2, "JTT": 2, "MAPLE-style": 1 + 10 / 3, "DiGA-style": 2, "FFR": 1.5,
+                  "JTT + synthetic": 2, "Group DRO": 1, "DFR": 1, "DFR, synthetic groups": 1}
+    maple = BASELINES["MAPLE-style"]
+    assert maple.passes(maple.settings(outer_steps=3), SHORT) == 2
+    assert {b.passes(b.settings(), SHORT.model_copy(update={"steps": 40})) for b in BASELINES.values()} == {1}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_all_stages_together_take_the_steps_that_are_held(name):
+    "Counted at the optimisers of networks; what else is optimised (assignments, scores) is no step of a network."
+    counted, networks = [0], 2 if name == "LfF" else 1
+
+    def count(optimizer, args, kwargs):
+        counted[0] += networks * all(isinstance(p, nn.Parameter) for g in optimizer.param_groups for p in g["params"])
+
+    hook = register_optimizer_step_post_hook(count)
+    try:
+        for n in (120, 60):
+            counted[0] = 0
+            held = SHORT.model_copy(update={"epochs": 3, "steps": 22})
+            fitted = trained(name, biased(n, 0), biased(80, 1), config=held, criteria={"certainty": lambda z: np.abs(z).mean()})
+            assert counted == [22]
+            assert len(fitted.history) == 3 + name.startswith("DFR") and set(fitted.best) == {"val_accuracy", "certainty"}
+            best = fitted.best["certainty"]
+            assert best.value == fitted.history.certainty.max() or name.startswith("DFR")
+            fitted.model.load_state_dict(best.state)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_candidates_are_settings_and_train(name):
+    method = BASELINES[name]
+    assert 1 < len(method.candidates) <= 3 and method.selects and method.slug.isidentifier()
+    held = SHORT.model_copy(update={"steps": 20})
+    for candidate in method.candidates:
+        fast = {k: v for k, v in FAST.get(name, {}).items() if k not in candidate}
+        assert method.settings(**candidate, **fast)
+        assert np.isfinite(trained(name, biased(80, 0), biased(40, 1), config=held, **candidate).val_accuracy)
+
+
+def test_a_method_may_have_its_own_optimiser():
+    train, val = biased(80, 0), biased(40, 1)
+    own = train_erm(network(), train, val, config=SHORT, optimizer="adam", lr=0.01, weight_decay=0.1, **QUIET)
+    adam = SHORT.model_copy(update={"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1})
+    assert same(own, fit(network(), train, val, config=adam, **QUIET))
+    heads = trained("LfF", train, val, head_only=True).model.state_dict()
+    before = network().state_dict()
+    assert {k for k in heads if "weight" in k and not torch.equal(heads[k], before[k])} == {"5.weight"}
 
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_three_classes(name):
     train, val = pictures(15, 0, classes=3), pictures(10, 1, classes=3)
     fitted = trained(name, train, val, model=network(outputs=3))
-    assert np.isfinite(fitted.history.loss).all() and predict_logits(fitted.model, val, device="cpu").shape == (60, 3)
+    assert np.isfinite(fitted.history.loss[:SHORT.epochs]).all() and predict_logits(fitted.model, val, device="cpu").shape == (60, 3)
 
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_method_is_called_alike_and_refuses_what_it_does_not_know(name):
     method = BASELINES[name]
     parameters = inspect.signature(method.train).parameters
-    common = ["config", "seed", "checkpoint", "device", "progress", "settings"]
+    common = ["config", "seed", "checkpoint", "device", "progress", "criteria", "settings"]
     assert [*parameters][:3] == ["model", "train", "val"] and [n for n in parameters if n in common] == common
     assert all(parameters[n].default is inspect.Parameter.empty for n in method.needs)
     assert method.settings().model_dump() == {n: f.default for n, f in method.settings.model_fields.items()}
@@ -209,7 +273,8 @@ def test_every_method_is_called_alike_and_refuses_what_it_does_not_know(name):
 
 @pytest.mark.parametrize("name, given", [
     ("CVaR DRO", {"alpha": 0.0}), ("CVaR DRO", {"alpha": 1.1}), ("LfF", {"q": 0}), ("LfF", {"decay": 1}), ("JTT", {"upweight": 0}),
-    ("JTT", {"upweight": 1.5}), ("MAPLE", {"size": 2}), ("EIIL", {"steps": 0})])
+    ("JTT", {"upweight": 1.5}), ("MAPLE-style", {"size": 2}), ("EIIL", {"inference_steps": 0}),
+    ("FFR", {"pretraining": 0.9}), ("DFR", {"c": 0})])
 def test_impossible_settings(name, given):
     with pytest.raises(ValueError, match=next(iter(given))):
         BASELINES[name].settings(**given)
@@ -333,7 +398,7 @@ def test_eiil_trains_on_classes_and_environments(monkeypatch):
         original(self, model, groups, step)
 
     monkeypatch.setattr(GroupDRO, "__init__", spy)
-    train_eiil(network(), train, None, config=SHORT, steps=600, lr=0.1, **QUIET)
+    train_eiil(network(), train, None, config=SHORT, inference_steps=600, inference_lr=0.1, **QUIET)
     reference = fit(network(), train, None, config=SHORT.model_copy(update={"epochs": 1}), **QUIET).model
     wrong = np.isin(np.arange(120), error_set(predict_logits(reference, train, device="cpu"), train.target))
     assert (seen[0] // 2 == train.target).all() and (seen[0] % 2 == wrong).mean() > 0.98
@@ -467,17 +532,17 @@ def test_maple_with_labelled_validation_groups_prefers_rare_groups():
     scores = maple_scores(network(), train, val, val.protected, config=SHORT, **QUIET)
     rare = train.target == train.protected
     assert scores[rare].mean() > scores[~rare].mean() + 0.05
-    given_groups = train_maple(network(), train, val, groups=val.protected, config=SHORT, **QUIET)
-    assert not same(given_groups, train_maple(network(), train, val, groups=1 - val.target, config=SHORT, **QUIET))
+    given_groups = train_maple(network(), train, val, val_groups=val.protected, config=SHORT, **QUIET)
+    assert not same(given_groups, train_maple(network(), train, val, val_groups=1 - val.target, config=SHORT, **QUIET))
 
 
 def test_maple_needs_validation_faces():
     with pytest.raises(ValueError, match="needs validation faces.* found 0 faces"):
         train_maple(network(), biased(40, 0), None, **QUIET)
     with pytest.raises(ValueError, match="40 faces and 3 groups"):
-        train_maple(network(), biased(40, 0), biased(40, 1), groups=[0, 1, 0], **QUIET)
+        train_maple(network(), biased(40, 0), biased(40, 1), val_groups=[0, 1, 0], **QUIET)
     with pytest.raises(ValueError, match="choose a larger size"):
-        train_maple(network(), biased(40, 0), biased(40, 1), groups=[0, 1] * 20, size=1e-6, **QUIET)
+        train_maple(network(), biased(40, 0), biased(40, 1), val_groups=[0, 1] * 20, size=1e-6, **QUIET)
 
 
 # ---- DiGA's idea
@@ -617,6 +682,90 @@ def test_diga_trains_on_real_and_edited_faces():
     assert len(both) == 240 and same(made, fit(network(), both, val, config=SHORT, **QUIET))
 
 
+# ---- methods that are offered synthetic images
+
+def test_ffr_is_two_trainings():
+    train, val, synthetic = biased(100, 0), biased(60, 1), pictures(20, 2)
+    config = SHORT.model_copy(update={"epochs": 4})
+    fitted = train_ffr(network(), train, val, synthetic=synthetic, config=config, **QUIET)
+    adam = config.model_copy(update={"optimizer": "adam", "lr": 0.001, "weight_decay": 1e-5})
+    first = fit(network(), synthetic, val, config=adam.model_copy(update={"epochs": 2}), **QUIET).model
+    assert same(fitted, fit(first, train, val, config=adam, **QUIET))
+
+
+def test_jtt_with_synthetic_images_sees_each_once():
+    train, val, synthetic = biased(100, 0), biased(60, 1), pictures(20, 2)
+    alone = train_jtt_synthetic(network(), train, val, synthetic=synthetic, upweight=1, config=SHORT, **QUIET)
+    assert same(alone, fit(network(), Faces.concat([train, synthetic]), val, config=SHORT, **QUIET))
+
+
+# ---- methods that read group labels
+
+def test_group_dro_draws_groups_equally_often(monkeypatch):
+    train, rows = biased(300, 0), []
+    original = GroupDRO.loss
+    monkeypatch.setattr(GroupDRO, "loss", lambda self, z, y, r: (rows.extend(r.tolist()), original(self, z, y, r))[1])
+    groups = 2 * train.target + train.protected
+    train_group_dro(network(), train, None, groups=groups, config=SHORT.model_copy(update={"steps": 60}), **QUIET)
+    share = np.bincount(groups[rows]) / len(rows)
+    assert np.bincount(groups).min() < 20 and np.abs(share - 0.25).max() < 4 * np.sqrt(0.25 * 0.75 / len(rows))
+    assert len(balanced_sampling(groups)) == 300
+    with pytest.raises(ValueError, match="each of 300 training images; found 3"):
+        train_group_dro(network(), train, None, groups=[0, 1, 2], config=SHORT, **QUIET)
+
+
+@pytest.mark.parametrize("outputs, c", [(1, 1.0), (1, 0.05), (3, 0.1)])
+def test_sparse_regression_is_at_the_optimum(outputs, c):
+    "The subgradient of C times the losses plus the absolute weights holds zero: an equality where a weight is not zero, else a bound."
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    y = (x[:, 0] > x[:, 1]).long() + (x[:, 2] > 4).long() * (outputs > 1)
+    y = torch.where(torch.rand(200, generator=generator) < 0.1, 0, y)
+    w, b = sparse_regression(x, y, outputs, c=c, steps=20_000)
+    z = x.double() @ w.double().T + b.double()
+    p = torch.sigmoid(z) - y[:, None] if outputs == 1 else z.softmax(1) - F.one_hot(y, outputs)
+    slope = c * p.T @ x.double()
+    assert 0 < (w == 0).sum() < w.numel() and (c * p.sum(0)).abs().max() < 1e-2
+    assert (slope + w.sign())[w != 0].abs().max() < 2e-2 and slope[w == 0].abs().max() < 1 + 2e-2
+
+
+def test_the_last_layer_is_the_mean_over_balanced_sets_of_standardised_features():
+    rng = np.random.default_rng(0)
+    x, groups = torch.from_numpy(rng.normal(3, 2, (60, 5))).float(), np.repeat([0, 1, 2, 3], [30, 10, 10, 10])
+    y = groups // 2
+    w, b = balanced_head(x, y, groups, x, 1, c=0.5, draws=1, seed=3)
+    kept = {g: int((groups == g).sum()) for g in range(4)}
+    assert min(kept.values()) == 10
+    shifted, scaled = balanced_head(x + 7, y, groups, x + 7, 1, c=0.5, draws=4), balanced_head(5 * x, y, groups, 5 * x, 1, c=0.5, draws=4)
+    plain = balanced_head(x, y, groups, x, 1, c=0.5, draws=4)
+    for other, moved in ((shifted, x + 7), (scaled, 5 * x)):  # units and origin of features do not matter
+        assert torch.allclose(moved @ other[0].T + other[1], x @ plain[0].T + plain[1], atol=1e-3)
+    assert w.shape == (1, 5) and b.shape == (1,)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_dfr_changes_the_last_layer_alone_and_judges_it_on_images_it_has_not_seen(outputs):
+    train, val = biased(200, 0), pictures(40, 1, signal=0)  # nothing to learn in the validation images
+    config = SHORT.model_copy(update={"steps": 20})
+    erm = train_erm(network(outputs=outputs), train, val, config=config, **QUIET)
+    dfr = train_dfr(network(outputs=outputs), train, val, val_groups=2 * val.target + val.protected, config=config, c=100, draws=2, **QUIET)
+    a, b = erm.model.state_dict(), dfr.model.state_dict()
+    assert {k for k in a if not torch.equal(a[k], b[k])} == {"5.weight", "5.bias"}
+    seen = (predict_logits(dfr.model, val, device="cpu"))
+    seen = (seen[:, 0] > 0 if outputs == 1 else seen.argmax(1)) == val.target
+    assert seen.mean() > dfr.val_accuracy + 0.15 and abs(dfr.val_accuracy - 0.5) < 0.15
+    with pytest.raises(ValueError, match="160 faces and 2 groups"):
+        train_dfr(network(), train, val, val_groups=[0, 1], config=config, **QUIET)
+
+
+def test_dfr_on_synthetic_groups_needs_them():
+    train, val = biased(80, 0), biased(40, 1)
+    with pytest.raises(ValueError, match="groups of its 80 synthetic faces"):
+        train_dfr_synthetic(network(), train, val, synthetic=train.without_groups(), config=SHORT, **QUIET)
+    fitted = train_dfr_synthetic(network(), train, val, synthetic=pictures(15, 3), config=SHORT, **QUIET)
+    assert fitted.val_accuracy == ((predict_logits(fitted.model, val, device="cpu")[:, 0] > 0) == val.target).mean()
+
+
 # ---- together, on drawn faces
 
 @pytest.mark.slow
@@ -632,7 +781,7 @@ def test_every_method_learns_on_drawn_faces(name):
     config = TrainConfig(epochs=8, batch_size=64, lr=0.05, milestones=(6,), scale=(0.7, 1.0), flip=0.5)
     start = create_model("toy_resnet18", weights="bundled")
     fitted = trained(name, faces(600, 11), faces(300, 12), model=start, config=config)
-    assert np.isfinite(fitted.history.loss).all()
+    assert np.isfinite(fitted.history.loss[:8]).all()
     assert all(torch.isfinite(v).all() for v in fitted.model.state_dict().values())
     assert fitted.val_accuracy > 0.6, f"{name}: {fitted.val_accuracy}"
 

@@ -202,6 +202,120 @@ def test_a_caller_may_say_what_else_makes_a_run_the_same(tmp_path):
             start(**other)
 
 
+# steps, optimisers, sampling, criteria
+
+HELD = PLAIN.model_copy(update={"scale": (0.5, 1.0), "flip": 0.5, "steps": 10})
+
+
+def watched(n, **more):
+    "The rows of every batch of a run, epoch by epoch, and what was fitted."
+    rows, epochs = [], []
+    fitted = fit(Line(), faces(n), faces(9, seed=1), device="cpu", progress=False,
+                 loss_fn=lambda z, y, r: (rows.append(r.tolist()), classification_loss(z, y))[1],
+                 criteria={"end": lambda z: (epochs.append(rows[:]), rows.clear(), 0)[2]}, **more)
+    return epochs, fitted
+
+
+@pytest.mark.parametrize("n", [7, 40, 48, 49, 300])
+def test_steps_are_held_whatever_the_number_of_images(n):
+    epochs, _ = watched(n, config=HELD)
+    assert [len(e) for e in epochs] == [3, 3, 4]
+    size = (n - (n % 16 == 1)) // 16 + (n % 16 > 1)  # batches of a pass
+    flat = sum(epochs, [])
+    for start in range(0, 10 - size + 1, size):
+        seen = sum(flat[start:start + size], [])
+        assert len(seen) == len(set(seen)) == n - (n % 16 == 1)
+
+
+def test_passes_strung_together_are_passes():
+    plain, a = watched(70, config=HELD.model_copy(update={"steps": None}))
+    held, b = watched(70, config=HELD.model_copy(update={"steps": 15}))
+    other, _ = watched(70, config=HELD.model_copy(update={"steps": 15, "epochs": 4}))
+    assert plain == held and a.history.equals(b.history) and torch.equal(a.model.out.weight, b.model.out.weight)
+    assert sum(other, []) == sum(plain, []), "the order of images does not depend on where an epoch begins"
+
+
+def test_epochs_are_slices_for_the_learning_rate_and_too_few_steps_are_refused():
+    _, fitted = watched(40, config=HELD)
+    assert fitted.history.lr.tolist() == pytest.approx([0.1, 0.1, 0.01])
+    with pytest.raises(ValueError, match="steps = 2 are too few for 3 epochs"):
+        fit(Line(), faces(), None, config=HELD.model_copy(update={"steps": 2}), device="cpu", progress=False)
+
+
+def test_adam_is_pytorchs():
+    data = faces(64)
+    config = PLAIN.model_copy(update={"batch_size": 64, "epochs": 4, "optimizer": "adam"})
+    ours = fit(Line(), data, None, config=config, device="cpu", progress=False).model
+    x, y, model = normalize(data.gather(slice(None))), torch.tensor(data.target).float(), Line()
+    adam = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=1e-2)
+    for epoch in range(4):
+        adam.param_groups[0]["lr"] = 0.1 if epoch < 2 else 0.01
+        adam.zero_grad()
+        F.binary_cross_entropy_with_logits(model(x)[:, 0], y).backward()
+        adam.step()
+    assert torch.allclose(ours.out.weight, model.out.weight, atol=1e-5)
+
+
+def test_images_are_drawn_with_the_probabilities_given():
+    p = np.r_[np.zeros(10), np.ones(20), np.full(10, 3.0)]
+    drawn = np.array(sum(sum(watched(40, config=HELD.model_copy(update={"steps": 600}), sampling=p)[0], []), []))
+    share, n = np.bincount(drawn, minlength=40) / len(drawn), len(drawn)
+    expected = p / p.sum()
+    assert (share[:10] == 0).all() and np.abs(share - expected).max() < 5 * np.sqrt(expected.max() / n)
+    first, second = (watched(40, config=HELD, sampling=p * scale)[0] for scale in (1, 2))
+    assert first == second
+    for wrong in (np.ones(39), -p, np.zeros(40), np.full(40, np.nan)):
+        with pytest.raises(ValueError, match="each of the 40 training images"):
+            fit(Line(), faces(40), None, config=HELD, sampling=wrong, device="cpu", progress=False)
+
+
+def test_each_criterion_keeps_its_own_epoch():
+    data, val, told = faces(48), faces(31, seed=1), []
+    criteria = {"last": lambda z: (told.append(z), len(told))[1], "first": lambda z: -len(told), "second": lambda z: -abs(len(told) - 2),
+                "unknown": lambda z: float("nan")}
+    fitted = fit(Line(), data, val, config=PLAIN, criteria=criteria, device="cpu", progress=False)
+    expected = {"val_accuracy": fitted.best_epoch, "last": 2, "first": 0, "second": 1, "unknown": 2}
+    assert {n: b.epoch for n, b in fitted.best.items()} == expected
+    assert fitted.best["val_accuracy"].value == fitted.val_accuracy
+    for best in (fitted.best[n] for n in ("last", "first", "second")):
+        model = Line()
+        model.load_state_dict(best.state)
+        assert np.allclose(predict(model, val, device="cpu").logit, told[best.epoch][:, 0], atol=1e-6)
+    plain = fit(Line(), data, val, config=PLAIN, device="cpu", progress=False)
+    assert torch.equal(plain.model.out.weight, fitted.model.out.weight) and list(plain.best) == ["val_accuracy"]
+    with pytest.raises(ValueError, match="last, first, second, unknown are figures of validation faces"):
+        fit(Line(), data, None, config=PLAIN, criteria=criteria, device="cpu", progress=False)
+
+
+def test_a_killed_run_with_steps_sampling_and_criteria_goes_on_to_the_same_bits(tmp_path):
+    def run(left=None, **more):
+        def loss_fn(logits, y, rows):
+            if left is not None and next(left, None) is None:
+                raise KeyboardInterrupt
+            return classification_loss(logits, y)
+
+        return fit(narrow_resnet18(8), faces(40), faces(30, seed=1), config=HELD.model_copy(update={"optimizer": "adam", "lr": 0.01}),
+                   sampling=np.arange(40), criteria={"mean": lambda z: z.mean(), **more}, loss_fn=loss_fn, device="cpu", progress=False,
+                   checkpoint=tmp_path / "c.pt" if left is not None else None)
+
+    torch.manual_seed(0)
+    whole = run()
+    for batches in (5, 5, 100):
+        torch.manual_seed(0)
+        if batches == 100:
+            resumed = run(iter(range(batches)))
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run(iter(range(batches)))
+    assert whole.history.equals(resumed.history)
+    for name, best in whole.best.items():
+        assert best[:2] == resumed.best[name][:2]
+        assert all(torch.equal(v, resumed.best[name].state[k]) for k, v in best.state.items())
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="other settings"):
+        run(iter(range(100)), another=lambda z: 0.0)
+
+
 # what a loss is told
 
 def test_a_loss_is_told_the_rows_of_its_batch():
