@@ -228,7 +228,7 @@ def held_out_rows(
         rows[index] = of_group
     return rows
 
-
+# %% ../nbs/02_groups.ipynb #f44a568a
 def hold_out(
     samples,  # with known groups
     *, n: int | None = None,  # images of every group, at most so many where prompts are put aside; or
