@@ -435,29 +435,30 @@ def fit(
 # %% ../nbs/10_training.ipynb #e4e614cf
 BACKBONE_ATTRIBUTES = ("Bald Bangs Big_Lips Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair Mouth_Slightly_Open "
                        "Mustache No_Beard Pale_Skin Wavy_Hair Wearing_Hat Wearing_Lipstick").split()
-BACKBONE_FACTORS = "yaw pitch roll gaze eye_open tone".split()
+BACKBONE_FACTORS = ("yaw pitch roll gaze eye_open tone teeth mouth_open mouth_curve cheeks brow lips nose eye_size jaw fullness hair_length "
+                    "hair wave volume bangs light_x glasses shirt").split()
 
 
 def pretrain_backbone(
-    n: int = 12_000,  # drawn faces
-    *, config: TrainConfig = TrainConfig(epochs=5, lr=0.05, milestones=(4,), scale=(0.7, 1.0), flip=0.0),
+    n: int = 30_000,  # drawn faces
+    *, config: TrainConfig = TrainConfig(epochs=14, lr=0.1, milestones=(8, 11), scale=(0.85, 1.0), flip=0.0),
     faces_seed: int = 777,  # of the drawn faces
     seed: int = 0,  # of initialisation and order
     device: str | None = None,
     progress: bool = True,
 ) -> nn.Module:  # the narrowed ResNet-18; its head answers for the attributes and is not shipped
-    "Train the toy backbone on attributes that are neither target nor protected, and on the factors of pose."
+    "Train the toy backbone on attributes that are neither target nor protected, and on the factors of pose, features and light."
     from aimfair import toyfaces
     factors, device = toyfaces.sample_factors(n, seed=faces_seed), pick_device(device)
     binary = torch.from_numpy(toyfaces.annotations(factors)[BACKBONE_ATTRIBUTES].to_numpy(np.float32).copy())
     graded = torch.from_numpy(factors[BACKBONE_FACTORS].to_numpy(np.float32).copy())
-    answers, a = torch.cat([binary, graded - graded.mean(0)], 1).to(device), binary.shape[1]
+    answers, a = torch.cat([binary, (graded - graded.mean(0)) / graded.std(0)], 1).to(device), binary.shape[1]
 
     def loss_fn(logits, _, rows):  # one network answers many questions, so that a face's answers are looked up by its row
         y = answers[rows.to(device)]
         return F.binary_cross_entropy_with_logits(logits[:, :a], y[:, :a]) + F.mse_loss(logits[:, a:], y[:, a:])
 
-    faces = Faces.from_arrays(toyfaces.draw(factors), np.zeros(n))
+    faces = Faces.from_arrays(toyfaces.draw(factors, 48), np.zeros(n))
     model = create_model("toy_resnet18", n_outputs=answers.shape[1], seed=seed)
     return fit(model, faces, None, config=config, seed=seed, loss_fn=loss_fn, device=device, progress=progress).model
 
