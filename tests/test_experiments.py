@@ -53,7 +53,8 @@ from aimfair.repro import (
 
 TINY = {"data.n": 80, "data.n_train": 200, "data.n_val": 40, "data.n_test": 80, "synthetic.kind": "studio", "synthetic.pool": 44,
         "synthetic.per_group": 20, "train.epochs": 2, "finetune.epochs": 1, "train.batch_size": 16, "finetune.batch_size": 16,
-        "mask.batch_size": 16, "synthetic.held_out": 4, "baselines.maple.outer_steps": 1, "edits.images": 4, "train.steps": None,
+        "mask.batch_size": 16, "synthetic.held_out": 4, "baselines.maple.outer_steps": 1, "edits.images": 4, "baselines.eiil.inference_steps": 50,
+        "baselines.dfr.draws": 1, "baselines.dfr_synthetic.draws": 1, "train.steps": None,
         "finetune.steps": None, "run.tune": False, "run.resample": False}
 GENERATED = TINY | {"synthetic.kind": "generated", "synthetic.steps": 2}
 
@@ -334,8 +335,8 @@ class TestTuning:
             found = [figures(load_model(job, store, rule))[rule] for job in tune.candidates]
             table = tune.table(store)
             assert table.score.tolist() == pytest.approx(found) and found[int(table.chosen.to_numpy().argmax())] == max(found)
-            for job in tune.candidates:  # no other epoch that was kept is better by this rule
-                assert figures(load_model(job, store, rule))[rule] >= max(figures(load_model(job, store, r))[rule] for r in ("natural", "labels"))
+            for job, best in zip(tune.candidates, found, strict=True):  # no other epoch that was kept is better by this rule
+                assert best >= max(figures(load_model(job, store, other))[rule] for other in ("natural", "labels"))
 
     def test_the_choice_of_the_first_seed_holds_for_the_second(self, searched):
         from aimfair.repro import Main, Tuned
@@ -365,8 +366,8 @@ class TestTuning:
 
     def test_again_nothing_is_computed(self, searched):
         results, store = searched
-        again = run("toy", results.predictions.method.unique().tolist(), seeds=2, settings=SEARCHED, store=store.root, workers=1, progress=False)
-        assert again.made == 0
+        names = results.predictions.method.unique().tolist()
+        assert run("toy", names, seeds=2, settings=SEARCHED, store=store.root, workers=1, progress=False).made == 0
 
 
 def test_anyones_model_and_the_experiments_are_debiased_alike(tiny):
@@ -394,8 +395,8 @@ class TestJobs:
             other = pickle.loads(pickle.dumps(job))
             assert other == job and other.artifact.hash == h and hash(other) == hash(job)
         assert {type(job).__name__ for job in plan.jobs.values()} == {
-            "DrawCelebA", "DrawUTKFace", "Synthesize", "Train", "TrainBaseline", "Edit", "Gradients", "FineTune", "Tune", "Tuned", "ChooseK",
-            "Predict"}
+            "DrawCelebA", "DrawUTKFace", "Synthesize", "Train", "TrainBaseline", "Edit", "Gradients", "FineTune", "Tune", "Tuned",
+            "ChooseK", "Predict"}
 
     def test_names_and_variants_of_a_profile_change_no_artifact(self):
         one = load_profile("toy")
@@ -424,12 +425,23 @@ class TestPlan:
     "What is planned before anything is made."
 
     def test_counts_by_hand(self, tmp_path):
-        plan, left_out = make_plan("toy", seeds=1, store=tmp_path)
-        assert not left_out and len(plan.cases) == 12 and list(tmp_path.iterdir()) == []
-        # comparison: 8 x 3; less data: 8 x 3 more; UTKFace 8; strategies 5 more; partial 15; styles 6 (per_group 600 at all three);
-        # k 5 more; bias 3 more; ratio 3 more (1 : 4 is 250 a group, 1 : 2 500, 3 : 2 1500)
-        assert n_models(plan.jobs.values()) == 24 + 24 + 8 + 5 + 15 + 6 + 5 + 3 + 3
-        assert n_rows(plan) == 7 + 24 + 32 + 8 + 18 + 7 + 9 + 5 + 5 + 2 + 13
+        plan, left_out = make_plan("toy", seeds=1, settings={"run.tune": False, "selection.gaps": "[1]"}, store=tmp_path)
+        assert not left_out and len(plan.cases) == 13 and list(tmp_path.iterdir()) == []
+        # comparison: 13 rows and the start of AIM-Fair, the paper's 8 and a start x 2; less data: 9 x 3 more; UTKFace 9; strategies 5 more;
+        # partial 15; styles 6 (per_group 500 at all three); k 5 more; bias 3 more; ratio 2 more (1 : 4 is 250 a group, 1 : 2 500); selection:
+        # 8 ways on 250, 500 and 1,000 a group, of which AIM-Fair is there each time, full fine-tuning on 500, and four others on 1,000
+        assert n_models(plan.jobs.values()) == (14 + 9 * 2) + 9 * 3 + 9 + 5 + 15 + 6 + 5 + 3 + 2 + (7 + 6 + 3)
+        assert n_rows(plan) == 8 + (13 + 8 * 2) + 8 * 4 + 8 + 18 + 7 + 10 + 5 + 4 + 2 + 18 + 9 * 3
+
+    def test_a_search_adds_its_candidates_once(self, tmp_path):
+        once, other = ({"selection.gaps": "[1]", "run.tune": tune} for tune in (True, False))
+        tuned, plain = (make_plan("toy", ["tradeoff"], seeds=1, settings=s, store=tmp_path)[0] for s in (once, other))
+        tuned_twice = make_plan("toy", ["tradeoff"], seeds=2, settings=once, store=tmp_path)[0]
+        tunes = [job for job in tuned.jobs.values() if type(job).__name__ == "Tune"]
+        assert sorted(job.method for job in tunes) == sorted(c.method for c in tuned.cases["tradeoff"])
+        # the candidates and the model that fine-tuning starts from; for another seed as many models as there are without a search
+        assert n_models(tuned.jobs.values()) == sum(len(job.candidates) for job in tunes) + 1
+        assert n_models(tuned_twice.jobs.values()) == n_models(tuned.jobs.values()) + n_models(plain.jobs.values())
 
     def test_it_is_what_is_made(self, tiny, tmp_path):
         _, store = tiny
@@ -448,7 +460,7 @@ class TestPlan:
 
     def test_too_few_synthetic_images_are_told_before_anything_is_made(self, tmp_path):
         with pytest.raises(ValueError, match="synthetic.per_group is 1000, but group 0_0 of the synthetic images has 500"):
-            make_plan("toy", settings={"synthetic.pool": 600}, store=tmp_path)
+            make_plan("toy", settings={"synthetic.pool": 600, "synthetic.held_out": 100}, store=tmp_path)
         assert list(tmp_path.iterdir()) == []
 
     def test_why(self, tiny):
@@ -732,7 +744,7 @@ def test_every_experiment_by_one_command(tmp_path):
                "--store", tmp_path / "runs", "--out", tmp_path / "out"]
     first = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert first.returncode == 0, first.stderr[-3000:]
-    assert "94 models for 130 table rows" in first.stderr and "left out" not in first.stdout
+    assert "155 models for 218 table rows" in first.stderr and "left out" not in first.stdout
     assert "ERROR" not in first.stderr and "Interrupt" not in first.stderr  # a run that went well shows none
     out = tmp_path / "out"
     page = (out / "report.html").read_text(encoding="utf-8")

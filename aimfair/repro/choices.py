@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..finetuning import accuracy_change, candidate_table, judge, pick_candidate, right_answers
 from .images import set_sizes
-from .jobs import RULES, Changes, FineTune, ModelJob, ProtocolJob, Train, changes_of, default_ks
+from .jobs import Changes, FineTune, ModelJob, ProtocolJob, Train, changes_of, default_ks
 from .jobs import load_model, mask_of, model_file
 from .store import Artifact, Store, Work
 from ..sensitivity import mask_size
@@ -69,8 +69,8 @@ class Tune(ProtocolJob):
         return Work(seen=len(self.candidates) * (set_sizes(self.protocol)["held out"] if self.judged else 1))
 
     def _figures(self, job, store):
-        history = job.history(store)
-        score = history.get(RULES[self.rule], history.val_accuracy).max()
+        best = job.best(store)
+        score = best.get(self.rule, best["natural"])["value"]
         on_synthetic = judge(load_model(job, store, self.rule), self.faces(store).held_out) if self.judged else {}
         return {"settings": json.dumps(dict(job.changes)), "score": score, **on_synthetic}
 

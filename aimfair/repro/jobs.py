@@ -9,6 +9,7 @@ __all__ = ['RULES', 'Changes', 'GRADIENT_SETS', 'image_sets', 'ProtocolJob', 'n_
            'Predict']
 
 # %% ../../nbs/17_repro/04_jobs.ipynb #0817f348
+import json
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -197,6 +198,8 @@ class ModelJob(ProtocolJob):
         fitted.history.to_csv(folder / "history.csv", lineterminator="\n")
         states = {"model": fitted.model.state_dict()}
         states |= {f"model-{rule}": best.state for rule, best in fitted.best.items() if rule in RULES and best.epoch != fitted.best_epoch}
+        best = {rule: fitted.best[name]._asdict() for rule, name in RULES.items() if name in fitted.best}
+        (folder / "best.json").write_text(json.dumps({rule: {k: b[k] for k in ("epoch", "value")} for rule, b in best.items()}) + "\n")
         for name, state in states.items():
             save_file({k: v.contiguous() for k, v in state.items()}, folder / f"{name}.safetensors")
         for file in folder.glob("checkpoint*"):
@@ -205,6 +208,10 @@ class ModelJob(ProtocolJob):
     def model(self, store: Store) -> nn.Module:
         "The model, made first where it is missing."
         return load_model(self, store)
+
+    def best(self, store: Store) -> dict[str, dict]:  # {rule: {epoch, value}}
+        "The epoch that each rule chose, and its figure of the validation images."
+        return json.loads((self.run(store) / "best.json").read_text())
 
     def history(self, store: Store) -> pd.DataFrame:
         "Loss and accuracies by epoch."
