@@ -53,9 +53,9 @@ from aimfair.repro import (
 
 TINY = {"data.n": 80, "data.n_train": 200, "data.n_val": 40, "data.n_test": 80, "synthetic.kind": "studio", "synthetic.pool": 44,
         "synthetic.per_group": 20, "train.epochs": 2, "finetune.epochs": 1, "train.batch_size": 16, "finetune.batch_size": 16,
-        "mask.batch_size": 16, "synthetic.held_out": 4, "baselines.maple.outer_steps": 1, "edits.images": 4, "baselines.eiil.inference_steps": 50,
-        "baselines.dfr.draws": 1, "baselines.dfr_synthetic.draws": 1, "train.steps": None,
-        "finetune.steps": None, "run.tune": False, "run.resample": False}
+        "train.steps": None, "finetune.steps": None, "mask.batch_size": 16, "synthetic.held_out": 4, "edits.images": 4,
+        "baselines.maple.outer_steps": 1, "baselines.eiil.inference_steps": 50, "baselines.dfr.draws": 1,
+        "baselines.dfr_synthetic.draws": 1, "run.tune": False, "run.resample": False}
 GENERATED = TINY | {"synthetic.kind": "generated", "synthetic.steps": 2}
 
 
@@ -427,9 +427,9 @@ class TestPlan:
     def test_counts_by_hand(self, tmp_path):
         plan, left_out = make_plan("toy", seeds=1, settings={"run.tune": False, "selection.gaps": "[1]"}, store=tmp_path)
         assert not left_out and len(plan.cases) == 13 and list(tmp_path.iterdir()) == []
-        # comparison: 13 rows and the start of AIM-Fair, the paper's 8 and a start x 2; less data: 9 x 3 more; UTKFace 9; strategies 5 more;
-        # partial 15; styles 6 (per_group 500 at all three); k 5 more; bias 3 more; ratio 2 more (1 : 4 is 250 a group, 1 : 2 500); selection:
-        # 8 ways on 250, 500 and 1,000 a group, of which AIM-Fair is there each time, full fine-tuning on 500, and four others on 1,000
+        # comparison: 13 rows and the start of AIM-Fair, the paper's 8 and a start x 2; less data: 9 x 3 more; UTKFace 9; strategies 5
+        # more; partial 15; styles 6 (per_group 500 at all three); k 5 more; bias 3 more; ratio 2 more (1 : 4 is 250 a group, 1 : 2 500);
+        # selection: 8 ways on 250, 500 and 1,000 a group, of which AIM-Fair is there each time, full fine-tuning on 500, and four others on 1,000
         assert n_models(plan.jobs.values()) == (14 + 9 * 2) + 9 * 3 + 9 + 5 + 15 + 6 + 5 + 3 + 2 + (7 + 6 + 3)
         assert n_rows(plan) == 8 + (13 + 8 * 2) + 8 * 4 + 8 + 18 + 7 + 10 + 5 + 4 + 2 + 18 + 9 * 3
 
