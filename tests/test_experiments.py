@@ -429,7 +429,8 @@ class TestPlan:
         assert not left_out and len(plan.cases) == 13 and list(tmp_path.iterdir()) == []
         # comparison: 13 rows and the start of AIM-Fair, the paper's 8 and a start x 2; less data: 9 x 3 more; UTKFace 9; strategies 5
         # more; partial 15; styles 6 (per_group 500 at all three); k 5 more; bias 3 more; ratio 2 more (1 : 4 is 250 a group, 1 : 2 500);
-        # selection: 8 ways on 250, 500 and 1,000 a group, of which AIM-Fair is there each time, full fine-tuning on 500, and four others on 1,000
+        # selection: 8 ways on 250, 500 and 1,000 a group, of which AIM-Fair is there each time, full fine-tuning on 500, and four others on
+        # 1,000
         assert n_models(plan.jobs.values()) == (14 + 9 * 2) + 9 * 3 + 9 + 5 + 15 + 6 + 5 + 3 + 2 + (7 + 6 + 3)
         assert n_rows(plan) == 8 + (13 + 8 * 2) + 8 * 4 + 8 + 18 + 7 + 10 + 5 + 4 + 2 + 18 + 9 * 3
 
