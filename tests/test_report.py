@@ -16,19 +16,25 @@ import numpy as np
 import pandas as pd
 import pytest
 from fairlearn.metrics import MetricFrame
+from scipy import stats
 from sklearn.metrics import accuracy_score
 
 import aimfair
 from aimfair import report
 from aimfair.report import (
+    Claim,
     DifferenceTable,
+    PairedRuns,
     PlainTable,
     ResultTable,
     Section,
     VariantTable,
     best_sentence,
+    check_claims,
     compare,
+    distinct_best,
     hardware,
+    images_needed,
     package_versions,
     per_seed,
     plot_curve,
@@ -43,6 +49,7 @@ from aimfair.report import (
     sentence,
     summarize,
     table_note,
+    visible_difference,
     write_csv,
     write_figure,
     write_html_report,
@@ -146,7 +153,8 @@ def test_published_aggregation(scores):
     cells = ["0_0", "0_1", "1_0", "1_1"]
     for method in NAMES:
         assert np.isclose(published.loc[method, "WST"], min(scores.loc[method, c].mean() for c in cells))
-    others = [c for c in summary if c not in ("WST",) and not c.endswith("_sd")]
+        assert np.isclose(published.loc[method, "STD"], np.std([scores.loc[method, c].mean() for c in cells]))
+    others = [c for c in summary if c not in ("WST", "STD") and not c.endswith("_sd")]
     assert published[others].equals(summary[others])
 
 
@@ -164,7 +172,7 @@ def test_published_aggregation_from_the_predictions_alone(predictions):
     published = summarize(per_seed(predictions), aggregation="published")
     assert np.isclose(published.loc[method, "WST"], 100 * min(worst)) and np.isnan(published.loc[method, "WST_sd"])
     text = ResultTable(published, note=table_note(seeds=seeds, aggregation="published"))._repr_markdown_()
-    assert "±" not in text and "worst of the group accuracies averaged over seeds 100, 200, 300" in text
+    assert "±" not in text and "worst, STD the deviation, of the group accuracies averaged over seeds 100, 200, 300" in text
 
 
 def test_one_seed_has_no_spread():
@@ -178,14 +186,24 @@ def test_one_seed_has_no_spread():
 
 def test_comparison_is_paired_and_covers_the_truth():
     rng, hits = np.random.default_rng(0), 0
-    for trial in range(60):
+    for _ in range(200):
         base = rng.normal(70, 10, 12)
         frame = pd.DataFrame({"ACC": np.concatenate([base, base + rng.normal(3, 1, 12)])}).assign(WST=0.0, EO=0.0, STD=0.0)
         frame.index = pd.MultiIndex.from_product([["ERM", "ours"], range(12)], names=["method", "seed"])
-        row = compare(frame, n_boot=800, seed=trial).loc[("ours", "ACC")]
-        assert row.high - row.low < 3  # the 10 points between seeds cancel
+        row = compare(frame).loc[("ours", "ACC")]
+        by_scipy = stats.ttest_1samp(frame.ACC.loc["ours"] - frame.ACC.loc["ERM"], 0)
+        assert np.allclose([row.low, row.high, row.p], [*by_scipy.confidence_interval(0.95), by_scipy.pvalue])
         hits += row.low <= 3 <= row.high
-    assert 47 <= hits <= 60
+    assert 183 <= hits <= 199
+
+
+def test_p_values_are_corrected_over_the_table(scores):
+    table = compare(scores)
+    p, n = np.sort(table.p.to_numpy()), len(table)
+    stepped = [min(1, max(p[j] * (n - j) for j in range(i + 1))) for i in range(n)]  # the definition, in loops
+    assert np.allclose(np.sort(table.p_holm.to_numpy()), stepped)
+    marked = [bool(cell.rank) for _, cells in DifferenceTable(table).rows() for cell in cells]
+    assert marked == (table.p_holm < 0.05).tolist()
 
 
 def test_comparison_uses_shared_seeds(scores):
@@ -237,12 +255,67 @@ def test_html_escapes(nasty):
     assert "&lt;b&gt;bold" in html and "R&amp;D" in html and html.count("<tr>") == len(NASTY) + 1
 
 
-def test_marks(scores):
-    summary = summarize(scores)
-    for column, cells in zip(("ACC", "WST", "EO", "STD"), zip(*(c for _, c in ResultTable(summary).rows()), strict=True), strict=True):
-        shown = summary[column].round(2)
-        order = sorted(set(shown), reverse=column in ("ACC", "WST"))
-        assert [c.rank for c in cells] == ["best" if v == order[0] else "second" if v == order[1] else "" for v in shown]
+def test_marks(predictions, scores):
+    best, summary = distinct_best(predictions), summarize(scores)
+    rows = ResultTable(summary, best=best).rows()
+    for place, column in enumerate(("ACC", "WST", "EO", "STD")):
+        marked = [name for name, cells in rows if cells[place].rank]
+        assert marked == ([best[column]] if column in best else [])
+        if marked:
+            value = summary[column] if column in ("ACC", "WST") else -summary[column]
+            assert value.idxmax() == marked[0]
+    assert not any(cell.rank for _, cells in ResultTable(summary).rows() for cell in cells)
+
+
+def test_the_best_is_marked_where_it_is_far_from_all_others():
+    far = simulate(["a", "b", "c"], n=2000)
+    far = far.assign(prediction=np.where((far.method == "c") & (far.index % 7 > 0), far.target, (far.logit > 0) * 1))
+    assert set(distinct_best(far).values()) == {"c"} and "ACC" in distinct_best(far)
+    twins = pd.concat([far, far[far.method == "c"].assign(method="d")])
+    assert distinct_best(twins) == {} and distinct_best(far[far.method == "a"]) == {}
+
+
+@pytest.mark.parametrize("seeds", [(100,), (100, 200, 300)])
+def test_claims_are_supported_refuted_or_open(predictions, seeds):
+    some = predictions[predictions.seed.isin(seeds)]
+    gap = (per_seed(some).loc["AIM-Fair"] - per_seed(some).loc["ERM"]).mean()
+    claims = [Claim("far", "AIM-Fair", "WST", margin=-60), Claim("too far", "AIM-Fair", "WST", margin=90),
+              Claim("near", "AIM-Fair", "WST", margin=gap.WST), Claim("less", "AIM-Fair", "EO", margin=60, at_least=False),
+              Claim("not less", "AIM-Fair", "EO", margin=-90, at_least=False), Claim("a group", "AIM-Fair", "1_1", margin=-90)]
+    found = check_claims(some, claims)
+    assert found.verdict.tolist() == ["supported", "refuted", "open", "supported", "refuted", "supported"]
+    assert np.isclose(found.difference["near"], gap.WST) and (found.seeds == len(seeds)).all()
+    assert ((found.low < found.difference) & (found.difference < found.high)).all()
+    with pytest.raises(ValueError, match="no method 'JTT'"):
+        check_claims(some, [Claim("x", "JTT", "ACC")])
+
+
+def test_an_interval_over_seeds_and_images_is_wider_than_either(predictions, scores):
+    both = PairedRuns(predictions).difference("AIM-Fair", "ERM", "ACC")
+    paired = (scores.ACC.loc["AIM-Fair"] - scores.ACC.loc["ERM"])
+    right = predictions.assign(right=1.0 * ((predictions.logit > 0) == predictions.target))
+    wide = right.pivot(index="id", columns=["method", "seed"], values="right")
+    per_image = 100 * (wide["AIM-Fair"].mean(axis=1) - wide["ERM"].mean(axis=1))
+    variance = paired.var() / 3 + per_image.var(ddof=0) / len(wide)
+    df = 2 * (variance / (paired.var() / 3)) ** 2
+    assert np.isclose(both.high - both.difference, stats.t.ppf(0.975, df) * np.sqrt(variance), rtol=1e-6)
+    shuffled = predictions.sample(frac=1, random_state=1).sort_values("method", kind="stable")
+    assert np.allclose(PairedRuns(shuffled).difference("AIM-Fair", "ERM", "ACC"), both)
+
+
+def test_how_much_can_be_seen():
+    seen = [visible_difference(n, 10) for n in (60, 400, 4000)]
+    assert seen[0] > seen[1] > seen[2] and visible_difference(400, 5) > visible_difference(400, 20)
+    n = images_needed(6, 10)
+    assert visible_difference(n, 10) <= 6 < visible_difference(n - 1, 10) and images_needed(1, 3) is None
+    rng, hits = np.random.default_rng(0), 0  # a difference as large as that is seen four times of five
+    d = visible_difference(400, 10)
+    for _ in range(2000):
+        images = rng.choice([-1, 0, 1], p=[(0.15 - d / 100) / 2, 0.85, (0.15 + d / 100) / 2], size=400)
+        seeds = 100 * images.mean() + rng.normal(0, 3, 10)
+        error, ratio = np.sqrt(seeds.var(ddof=1) / 10 + 1e4 * images.var() / 400), 1e4 * images.var() / 400 / (seeds.var(ddof=1) / 10)
+        hits += seeds.mean() > stats.t.ppf(0.975, 9 * (1 + ratio) ** 2) * error
+    assert 0.76 < hits / 2000 < 0.87
 
 
 def test_written_files(scores, tmp_path):
@@ -604,7 +677,7 @@ def made(tmp_path_factory):
     "A folder with the files of two experiments, one of which failed, and the page about them."
     folder = tmp_path_factory.mktemp("out")
     summary = summarize(per_seed(simulate(NASTY)))
-    table = ResultTable(summary, caption=f"A {EVIL} | caption", note="Data in /srv/faces_of/somebody_x.")
+    table = ResultTable(summary, best={"ACC": "ERM"}, caption=f"A {EVIL} | caption", note="Data in /srv/faces_of/somebody_x.")
     table.write(folder / "alpha")
     write_figure(plot_curve(curve_frame(), "k", ("EO",)), folder / "alpha")
     (folder / "alpha-raw.csv").write_text("name,value\n" + "".join(f'"{EVIL}",{i}\n' for i in range(400)))
@@ -650,7 +723,7 @@ def test_page_shows_the_table_as_written(made):
     shown = [[" ".join(cell.split()) for cell in row] for row in Page(text).rows]
     for row in wanted:
         assert row in shown
-    assert text.count("<b>") >= 4 and text.count("<u>") >= 4
+    assert f"<b>{table.rows()[0][1][0].value}</b>" in text and "<u>" not in text
     assert [EVIL, "199"] in shown and [EVIL, "200"] not in shown and "alpha-raw.csv, 400 rows, the first 200 shown" in text
 
 

@@ -20,7 +20,7 @@ class Cell(NamedTuple):
     "One entry of a table."
     value: str  # the number as shown
     spread: str = ""  # its deviation as shown, or nothing
-    rank: str = ""  # "best", "second" or nothing
+    rank: str = ""  # "best" or nothing
 
 
 class TableText(BaseModel):
@@ -63,7 +63,7 @@ _MARKDOWN = str.maketrans({**{c: f"\\{c}" for c in "\\`*_|[]"}, "<": "&lt;", ">"
 
 def _markdown_cell(cell):
     value = cell.value.translate(_MARKDOWN)
-    value = {"best": f"**{value}**", "second": f"<u>{value}</u>"}.get(cell.rank, value)
+    value = f"**{value}**" if cell.rank == "best" else value
     return f"{value} {cell.spread}".rstrip()
 
 
@@ -94,7 +94,7 @@ def _latex_text(text: str) -> str:
 
 def _latex_cell(cell):
     value = _latex_text(cell.value)
-    value = {"best": rf"\textbf{{{value}}}", "second": rf"\underline{{{value}}}"}.get(cell.rank, value)
+    value = rf"\textbf{{{value}}}" if cell.rank == "best" else value
     return value + (f" {_latex_text(cell.spread)}" if cell.spread else "")
 
 

@@ -219,8 +219,8 @@ def _configuration(settings, changed):
 INTRODUCTION = (
     "Tables and figures of one reproduction of AIM-Fair (Zhao, Liu, Cao, Gong, Patras, CVPR 2025, arXiv 2503.05665): fairer classifiers "
     "of facial attributes by selective fine-tuning on synthetic images. In percent: ACC accuracy, WST accuracy of the worst group, "
-    "EO equalized odds, STD deviation between groups; the best in bold, the second best underlined. Labels are a data set's annotations, "
-    "not who a person is.")
+    "EO equalized odds, STD deviation between groups; bold is better than all others beyond the interval. Labels are a data set's "
+    "annotations, not who a person is.")
 
 
 def write_html_report(

@@ -25,7 +25,7 @@ def write_csv(
     return write_whole(path, frame.to_csv(float_format="%.4f", lineterminator="\n"))
 
 # %% ../../nbs/16_report/03_tables.ipynb #8f623008
-_OTHER_AGGREGATIONS = {"paired": "mean difference and 95 % bootstrap interval over ", "none": ""}
+_OTHER_AGGREGATIONS = {"paired": "mean difference and 95 % t interval, bold where p < 0.05 after Holm's correction, over ", "none": ""}
 
 
 def table_note(
@@ -84,27 +84,19 @@ class Table:
         return [*files, write_whole(f"{stem}.tex", self.to_latex())]
 
 # %% ../../nbs/16_report/03_tables.ipynb #dcfcfbdf
-def _ranks(
-    values: np.ndarray,  # numbers as shown (rounded), NaN where there is none
-    higher: bool,  # whether more is better
-) -> list[str]:  # "best", "second" or "" for each
-    "Rank marks of one column; equal values share a mark, and a column with one distinct value has none."
-    distinct = sorted({v for v in values if not np.isnan(v)}, reverse=higher)
-    marks = dict(zip(distinct[:2], ("best", "second"), strict=False)) if len(distinct) > 1 else {}
-    return [marks.get(v, "") for v in values]
-
-# %% ../../nbs/16_report/03_tables.ipynb #af2bedad
 class ResultTable(Table):
-    "Methods by metrics, mean ± deviation over seeds, best bold and second best underlined; shows itself, and writes itself to files."
+    "Methods by metrics, mean ± deviation over seeds, a distinctly best one bold; shows itself, and writes itself to files."
 
     def __init__(self,
                  summary: pd.DataFrame,  # what `summarize` returned; kept as .frame
-                 *, note: str = "",  # line under the table, see `table_note`
+                 *, best: Mapping[str, str] | None = None,  # {column: the method that is bold there}, from `distinct_best`
+                 note: str = "",  # line under the table, see `table_note`
                  caption: str = "",  # title above it
                  columns: tuple | None = None,  # columns to show; default ACC, WST, EO, STD
                  labels: dict | None = None,  # {column: heading} for columns that need another heading, e.g. {"1_0": "smiling women"}
-                 digits: int = 2):  # decimals shown; ranks are of the numbers as shown
+                 digits: int = 2):  # decimals shown
         self.frame, self.note, self.caption, self.labels, self.digits = summary, note, caption, labels or {}, digits
+        self.best = best or {}
         self.columns = tuple(columns or [m for m in SCORES if m in summary])
         if missing := [c for c in self.columns if c not in summary]:
             raise ValueError(f"no column {', '.join(map(str, missing))} in this table; choose from {', '.join(map(str, summary.columns))}")
@@ -122,7 +114,8 @@ class ResultTable(Table):
         spread = self.frame.get(f"{column}_sd", pd.Series(np.nan, self.frame.index)).to_numpy(dtype=float)
         text = ["–" if np.isnan(v) else f"{v:.{self.digits}f}" for v in shown]
         extra = ["" if np.isnan(s) else f"± {s:.{self.digits}f}" for s in spread]
-        return [Cell(*cell) for cell in zip(text, extra, _ranks(shown, HIGHER_IS_BETTER.get(column, True)), strict=True)]
+        marks = ["best" if name == self.best.get(column) else "" for name in self.frame.index]
+        return [Cell(*cell) for cell in zip(text, extra, marks, strict=True)]
 
     def rows(self) -> list[tuple[str, list[Cell]]]:  # (method, its cells) for each row
         "What the table shows, row by row."
@@ -131,7 +124,7 @@ class ResultTable(Table):
 
 # %% ../../nbs/16_report/03_tables.ipynb #8925d1bd
 class DifferenceTable(ResultTable):
-    "Paired differences to a baseline with their bootstrap intervals; otherwise as `ResultTable`."
+    "Paired differences to a baseline with their intervals, bold where Holm's p is below 0.05; otherwise as `ResultTable`."
 
     def __init__(self,
                  comparison: pd.DataFrame,  # what `compare` returned; kept as .frame
@@ -147,7 +140,8 @@ class DifferenceTable(ResultTable):
 
     def _cell(self, row):
         interval = "" if np.isnan(row["low"]) else f"[{signed(row['low'], self.digits)}, {signed(row['high'], self.digits)}]"
-        return Cell("–" if np.isnan(row["difference"]) else signed(row["difference"], self.digits), interval)
+        value = "–" if np.isnan(row["difference"]) else signed(row["difference"], self.digits)
+        return Cell(value, interval, "best" if row["p_holm"] < 0.05 else "")
 
     def rows(self) -> list[tuple[str, list[Cell]]]:  # (method, its cells) for each row
         "What the table shows, row by row."
@@ -161,11 +155,13 @@ class VariantTable(Table):
     def __init__(self,
                  frames: Mapping[str, pd.DataFrame],  # {setting: what `summarize` or `compare` returned}; .frame has them all
                  *, of: type = ResultTable,  # what a block is: `ResultTable` or `DifferenceTable`
+                 best: Mapping[str, Mapping[str, str]] | None = None,  # {setting: what `distinct_best` returned}
                  note: str = "", caption: str = "",  # as in `ResultTable`
                  **options):  # others of `of`: columns, labels, digits, baseline
         if not frames:
             raise ValueError("there is no setting to make a table of")
-        self.tables = {str(name): of(frame, **options) for name, frame in frames.items()}
+        marks = {name: {"best": marked} for name, marked in (best or {}).items()}
+        self.tables = {str(name): of(frame, **marks.get(name, {}), **options) for name, frame in frames.items()}
         self.frame, self.note, self.caption = pd.concat(frames, names=["variant"]), note, caption
         self.spans = tuple((name, len(table.columns)) for name, table in self.tables.items())
 
