@@ -408,10 +408,11 @@ def test_auto_tells_what_it_chose_from(automatic, tmp_path):
     folder, table = automatic.save(tmp_path / "out"), automatic.report.choice.table
     report = json.loads((folder / "report.json").read_text())
     k = report["setup"]["k"]
-    assert list(report["candidates"]) == ["none", *map(str, table.index)]
+    assert list(report["candidates"]) == ["0", *map(str, table.index[1:])]  # the unchanged model once, with the figures that count
     assert [name for name, row in report["candidates"].items() if row.get("chosen")] == [str(k)]
     assert report["candidates"][str(k)]["worst_group_accuracy"] == table.worst_group_accuracy[k]
     assert f"k = {k})" in repr(automatic) and (folder / "report.md").read_text().count("| chosen |") == 1
+    assert automatic.report.choice.rule in repr(automatic)
     assert repr(automatic.report.choice) in repr(automatic) and automatic.report.choice._repr_html_() in automatic._repr_html_()
 
 

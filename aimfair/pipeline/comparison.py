@@ -78,8 +78,8 @@ def _about_choice(setup, choice):
     n = setup["images"]["synthetic_for_k"]
     where = (f"{n} synthetic images put aside for that alone" if setup["held_out"] == "put aside" else
              f"the {n} synthetic images measured above, whose figures it flatters")
-    return ("k was chosen without the group of any real image: of the candidates within "
-            f"{choice.tolerance:g} of the best real validation accuracy, the fairest on {where}. In percent ('none' is the biased model):")
+    return (f"k was chosen without the group of any real image: {choice.rule} on {where}. "
+            "k = none is the unchanged model; figures are in percent, but for the loss:")
 
 
 def _about(setup, notes, choice):
@@ -128,7 +128,7 @@ class BeforeAfter:
                 for s, rows in self.figures.groupby(level=0, sort=False)}
         report = {"figures": sets, "setup": self.setup, "notes": self.notes}
         if self.choice is not None:
-            report["candidates"] = {"none": self.choice.start, **self.choice.table.rename(index=str).to_dict("index")}
+            report["candidates"] = self.choice.table.rename(index=str).to_dict("index")  # by k, 0 being the unchanged model
         return _strict(report)
 
     def table(self) -> pd.DataFrame:  # text, in percent
