@@ -191,7 +191,7 @@ def judge(
     "How fair a candidate is on held-out images; the worst group of the loss is the one with the largest mean."
     z = predict_logits(copy.deepcopy(model), held_out, **how)
     report = fairness_report(held_out.target, predicted_labels(z), sensitive_features=held_out.protected)
-    losses = sample_losses(torch.from_numpy(z), torch.from_numpy(held_out.target)).double().numpy()
+    losses = sample_losses(torch.from_numpy(z), torch.tensor(held_out.target)).double().numpy()
     return {"worst_group_loss": max(float(losses[index].mean()) for index in group_indices(held_out).values()),
             "worst_group_accuracy": report.worst_group_accuracy, "equalized_odds": report.equalized_odds}
 

@@ -103,7 +103,7 @@ def balanced_head(
     "The mean of last layers that are each trained on a group-balanced part of the images."
     mean, deviation = like.mean(0), like.std(0, correction=0)
     deviation = deviation.where(deviation > 1e-6, 1)
-    z, y = (x - mean) / deviation, torch.from_numpy(y)
+    z, y = (x - mean) / deviation, torch.tensor(y)
     found = [sparse_regression(z[rows], y[rows], outputs, c=c) for rows in _balanced_draws(groups, draws, seed)]
     weights, bias = (torch.stack(part).mean(0) for part in zip(*found, strict=True))
     return weights / deviation, bias - weights @ (mean / deviation)
