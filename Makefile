@@ -88,8 +88,9 @@ export: $(STAMP)
 	$(BIN)/nbdev_clean
 	@$(MAKE) --no-print-directory readme
 
-# README.md lies one folder above its notebook, so its links are turned accordingly
+# what index and experiments quote of figures/ is put in first; README.md lies one folder above its notebook, so its links are turned accordingly
 readme:
+	@$(BIN)/python nbs/insert_tables.py
 	@$(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb \
 	  | sed -e 's#](\([a-z0-9_/]*\.ipynb\))#](nbs/\1)#g' -e 's#](\.\./#](#g' -e 's#src="\.\./#src="#g' > $(README)
 

@@ -247,10 +247,22 @@ def test_readme_examples_name_what_exists():
         exec(compile(ast.Module(imports, []), "README.md", "exec"), {})
 
 
-def test_readme_shows_the_table_that_the_commands_made():
-    made = (ROOT / "figures" / "finetuning_strategies.md").read_text(encoding="utf-8")
-    shown = (ROOT / "README.md").read_text(encoding="utf-8").partition("results: begin -->")[2].partition("<!-- results: end")[0]
-    rows = [line for line in made.splitlines() if line.startswith("|")]
-    assert len(rows) > 5
-    for row in [*rows, made.strip().splitlines()[-1]]:
-        assert row in shown, f"README.md lacks this line of figures/finetuning_strategies.md: {row}"
+def what_came_out():
+    "Where results are told: of README and of the chapter on experiments."
+    cells = json.loads((ROOT / "nbs" / "18_experiments.ipynb").read_text(encoding="utf-8"))["cells"]
+    chapter = next(text for cell in cells if (text := "".join(cell["source"])).startswith("## What came out"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("results: begin -->")[2].partition("<!-- results: end")[0]
+    return {"README.md": readme, "18_experiments": chapter}
+
+
+@pytest.mark.parametrize("place", ["README.md", "18_experiments"])
+def test_results_are_quoted_not_typed(place):
+    "Tables are those of figures/, line by line, and outside of them stands no number with a decimal."
+    text = what_came_out()[place]
+    quoted = re.findall(r"<!-- table: (\S+) -->\n(.*?)\n<!-- end of table -->", text, re.S)
+    assert quoted
+    for name, table in quoted:
+        file = (ROOT / "figures" / f"{name}.md").read_text(encoding="utf-8").strip()
+        assert file.endswith(table) and table.count("\n") > 3, f"{place} does not quote figures/{name}.md as it is: run `make readme`"
+    rest = re.sub(r"<!-- table.*?<!-- end of table -->", "", text, flags=re.S)
+    assert not re.findall(r"\d\.\d", rest)

@@ -1,0 +1,32 @@
+"Put the tables of figures/ where index and experiments quote them: between `<!-- table: NAME -->` and `<!-- end of table -->`."
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+QUOTED = re.compile(r"(<!-- table: (\S+) -->\n).*?(\n<!-- end of table -->)", re.S)
+
+
+def with_tables(text: str, figures: Path) -> str:
+    "A text with the tables that it quotes, as they are in `figures`; a table's caption stays out."
+    def table(found):
+        lines = (figures / f"{found[2]}.md").read_text(encoding="utf-8").strip().splitlines()
+        return found[1] + "\n".join(lines[2:] if lines[0].startswith("**") else lines) + found[3]
+    return QUOTED.sub(table, text)
+
+
+def main(figures: Path = HERE.parent / "figures") -> None:
+    for path in (HERE / "index.ipynb", HERE / "18_experiments.ipynb"):
+        before = path.read_text(encoding="utf-8")
+        book = json.loads(before)
+        for cell in book["cells"]:
+            if cell["cell_type"] == "markdown":
+                cell["source"] = with_tables("".join(cell["source"]), figures).splitlines(keepends=True)
+        after = json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+        if json.loads(after) != json.loads(before):
+            path.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
