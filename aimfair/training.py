@@ -435,8 +435,8 @@ def fit(
 # %% ../nbs/10_training.ipynb #e4e614cf
 BACKBONE_ATTRIBUTES = ("Bald Bangs Big_Lips Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair Mouth_Slightly_Open "
                        "Mustache No_Beard Pale_Skin Wavy_Hair Wearing_Hat Wearing_Lipstick").split()
-BACKBONE_FACTORS = ("yaw pitch roll gaze eye_open tone teeth mouth_open mouth_curve cheeks brow lips nose eye_size jaw fullness hair_length "
-                    "hair wave volume bangs light_x glasses shirt").split()
+BACKBONE_FACTORS = ("yaw pitch roll gaze eye_open tone teeth mouth_open mouth_curve cheeks brow lips nose eye_size jaw fullness "
+                    "hair_length hair wave volume bangs light_x glasses shirt").split()
 
 
 def pretrain_backbone(

@@ -42,8 +42,8 @@ def domain_gap(
     """How wide the gap is between real and synthetic images.
 
     `relative_frechet` is the Fréchet distance over the total variance of the real features, so that it can be compared between data sets;
-    the accuracies, in [0, 1] and averaged over classes, are of linear classifiers that learned from real or from synthetic images, on the other
-    half of the real ones; `loss` is their difference. Raises `DataError` unless both sets have both classes."""
+    the accuracies, in [0, 1] and averaged over classes, are of linear classifiers that learned from real or from synthetic images, on
+    the other half of the real ones; `loss` is their difference. Raises `DataError` unless both sets have both classes."""
     for name, faces in (("real", real), ("synthetic", synthetic)):
         if set(np.unique(faces.target)) != {0, 1}:
             raise DataError(f"the {name} images have the classes {sorted(set(faces.target.tolist()))}; a gap is measured on two, 0 and 1")

@@ -191,7 +191,7 @@ def sample_factors(
     seed: int,  # the world; another seed gives other faces
     start: int = 0,  # index of the first face: the rows are faces start .. start + n - 1
     style: str = "photo",  # "photo" (the real domain) or "studio" (clean)
-    gap: float = 1.0,  # of light and camera of a photo to those of the studio, 0 to 3: 0 is none, 1 the gap between real and generated faces
+    gap: float = 1.0,  # of light and camera of a photo to the studio, 0 to 3: 0 is none, 1 the gap between real and generated faces
     **conditions,  # Smiling=, Male=, Young= (0/1), or any factor by its name: one value, or one a face
 ) -> pd.DataFrame:  # one row a face; with `seed`, `index` and `style` a row is all that `draw` needs
     """Factors from the natural distribution; a row is a function of seed, index, style, gap and its conditions.

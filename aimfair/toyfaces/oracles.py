@@ -74,7 +74,7 @@ def oracle(
     n: int = 20_000,  # faces that the expectation is taken over
     seed: int = 12,  # of these faces
 ) -> pd.Series:  # the metrics, then the accuracy of every group "T_P", as fractions; expected on natural photos with annotators' labels
-    "What the best classifier of a training set achieves, from the factors alone. `ValueError` for unknown tags or annotators, or an empty group."
+    "What the best classifier of a training set achieves, from the factors. `ValueError` for unknown tags or annotators, or an empty group."
     if annotators not in ANNOTATORS:
         raise ValueError(unknown("annotators", annotators, ANNOTATORS))
     if len(counts) < 4 or min(counts.values()) < 1:

@@ -45,7 +45,8 @@ def _blockwise(x, amount):
 def _camera(c):
     "What a camera adds to a photo: exposure, colour cast, contrast, blur, coarse colour and sensor noise."
     f, p = c.f, c.p
-    cast = np.stack([1 + 0.11 * f["warmth"], 1 + 0.05 * f["tint"], 1 - 0.13 * f["warmth"]], 1) * ((1 + f["exposure"]) * (1 - f["dim"]))[:, None]
+    cast = np.stack([1 + 0.11 * f["warmth"], 1 + 0.05 * f["tint"], 1 - 0.13 * f["warmth"]], 1)
+    cast *= ((1 + f["exposure"]) * (1 - f["dim"]))[:, None]
     x = c.pixels * c.colour(cast)
     x = ((x - 0.5) * p["contrast"][:, None] + 0.5).clamp_(0, 1.05)
     x = _soften(_soften(x, p["blur"][:, None].clamp(max=0.8)), (p["blur"][:, None] - 0.4).clamp(min=0))
