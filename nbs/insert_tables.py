@@ -5,14 +5,14 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-QUOTED = re.compile(r"(<!-- table: (\S+) -->\n).*?(\n<!-- end of table -->)", re.S)
+QUOTED = re.compile(r"(<!-- table: (\S+) -->\n)(?:(?!<!--).*?\n)*(<!-- end of table -->)")
 
 
 def with_tables(text: str, figures: Path) -> str:
     "A text with the tables that it quotes, as they are in `figures`; a table's caption stays out."
     def table(found):
         lines = (figures / f"{found[2]}.md").read_text(encoding="utf-8").strip().splitlines()
-        return found[1] + "\n".join(lines[2:] if lines[0].startswith("**") else lines) + found[3]
+        return found[1] + "\n".join(lines[2:] if lines[0].startswith("**") else lines) + "\n" + found[3]
     return QUOTED.sub(table, text)
 
 
