@@ -1542,6 +1542,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'aimfair.repro.plan.check_images': ('17_repro/plan.html#check_images', 'aimfair/repro/plan.py'),
                                     'aimfair.repro.plan.described': ('17_repro/plan.html#described', 'aimfair/repro/plan.py'),
                                     'aimfair.repro.plan.experiment_names': ('17_repro/plan.html#experiment_names', 'aimfair/repro/plan.py'),
+                                    'aimfair.repro.plan.goals_of': ('17_repro/plan.html#goals_of', 'aimfair/repro/plan.py'),
                                     'aimfair.repro.plan.make_plan': ('17_repro/plan.html#make_plan', 'aimfair/repro/plan.py'),
                                     'aimfair.repro.plan.n_models': ('17_repro/plan.html#n_models', 'aimfair/repro/plan.py'),
                                     'aimfair.repro.plan.n_rows': ('17_repro/plan.html#n_rows', 'aimfair/repro/plan.py'),

@@ -29,7 +29,7 @@ def parse_group(name: str) -> Group:
     target, protected = map(int, name.strip().split("_"))
     return target, protected
 
-
+# %% ../nbs/02_groups.ipynb #4c87d3d6
 def group_indices(
     samples,  # a face table, or `Faces`, with the protected attribute known
 ) -> dict[Group, np.ndarray]:  # positions of each group's images, in order

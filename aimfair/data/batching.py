@@ -119,7 +119,7 @@ def chosen_batches(
         y, p = (torch.from_numpy(values[chosen.numpy()]).to(device) for values in (faces.target, protected))
         yield Batch(x.contiguous(memory_format=torch.channels_last), y, p, chosen)
 
-
+# %% ../../nbs/04_data/05_batching.ipynb #2925f0e4
 def batches(
     faces: Faces,
     batch_size: int = 128,

@@ -48,7 +48,7 @@ class Method(ABC):
         "What a protocol has to have for this method and has not."
         return None
 
-
+# %% ../../nbs/17_repro/06_catalogue.ipynb #0d39456a
 @dataclass(frozen=True)
 class Trained(Method):
     "Ordinary training from the initial weights."
@@ -113,7 +113,7 @@ class FineTuned(Method):
     def tuned_as(self):
         return self.like or self.name
 
-
+# %% ../../nbs/17_repro/06_catalogue.ipynb #46279b2f
 @dataclass(frozen=True)
 class KChosen(Method):
     "Selective fine-tuning whose k is chosen without group labels of real images."
@@ -304,7 +304,7 @@ def _prompt_strategies(p):
     tuned = (("", "AIM-Fair"), (" (full fine-tuning)", "Full fine-tuning"))
     return rows(["ERM"]) + [Case(name + more, m, "", _of_style(p, style)) for more, m in tuned for name, style in STYLES_COMPARED.items()]
 
-
+# %% ../../nbs/17_repro/06_catalogue.ipynb #cbdb6236
 def _gallery(p):
     return [Case(style, variant=style, settings={k: v for k, v in _of_style(p, style).items() if k.startswith("synthetic.")})
             for style in STYLES_COMPARED.values()]

@@ -113,7 +113,7 @@ def new_model(protocol: Protocol, seed: int) -> nn.Module:
     "The classifier before any training."
     return create_model(protocol.model.name, weights=protocol.model.weights, seed=seed)
 
-
+# %% ../../nbs/17_repro/04_jobs.ipynb #163dba9d
 def model_file(
     folder: Path,  # of an artifact
     rule: str = "natural",  # by which the epoch was chosen
@@ -158,7 +158,7 @@ def changes_of(settings: dict[str, Any]) -> Changes:
     "Settings as a job holds them."
     return tuple(sorted(settings.items()))
 
-
+# %% ../../nbs/17_repro/04_jobs.ipynb #07226ac8
 class ModelJob(ProtocolJob):
     "A job that makes a model."
     version = 2
@@ -307,7 +307,7 @@ def _group_numbers(faces):
     "The group of each image as one number."
     return 2 * np.asarray(faces.target) + np.asarray(faces.protected)
 
-
+# %% ../../nbs/17_repro/04_jobs.ipynb #f7ccdf43
 @dataclass(frozen=True)
 class TrainBaseline(ModelJob):
     "Train from the initial weights by a method of the comparison."

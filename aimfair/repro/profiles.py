@@ -103,7 +103,7 @@ class MaskSettings(Settings):
 BaselineSettings = create_model("BaselineSettings", __base__=Settings, **{
     b.slug: (b.settings, b.settings()) for b in BASELINES.values() if b.settings.model_fields})
 
-
+# %% ../../nbs/17_repro/01_profiles.ipynb #1128fa9d
 class RunSettings(Settings):
     "How often, by which rules and with how many threads."
     seeds: int = Field(3, ge=1, description="how many of the paper's seeds 100, 200, ...")
@@ -147,7 +147,7 @@ class Protocol(Settings):
         "The protocol with other settings of the mask."
         return self.model_copy(update={"mask": self.mask.model_copy(update=changes)})
 
-
+# %% ../../nbs/17_repro/01_profiles.ipynb #6c8e2053
 class Profile(Protocol):
     "A protocol with a name."
     name: str

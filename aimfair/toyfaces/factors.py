@@ -168,7 +168,7 @@ def _sample_scene(s, gap):
     s.put("background_light", s.u())
     s.put("texture", varied(s.u(0.2, 1.0)))
 
-
+# %% ../../nbs/05_toyfaces/01_factors.ipynb #43681f12
 def _sample_mishaps(s, photo):
     "What makes a photo hard to read, and no studio picture: something before the mouth, too little light."
     def sometimes(share, drawn):
