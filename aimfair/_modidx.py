@@ -2257,6 +2257,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'aimfair.training.Fitted.part': ('training.html#fitted.part', 'aimfair/training.py'),
                                   'aimfair.training.Fitted.plot': ('training.html#fitted.plot', 'aimfair/training.py'),
                                   'aimfair.training.TrainConfig': ('training.html#trainconfig', 'aimfair/training.py'),
+                                  'aimfair.training.TrainConfig._or_none': ('training.html#trainconfig._or_none', 'aimfair/training.py'),
                                   'aimfair.training.TrainConfig.augment': ('training.html#trainconfig.augment', 'aimfair/training.py'),
                                   'aimfair.training.TrainConfig.bounds': ('training.html#trainconfig.bounds', 'aimfair/training.py'),
                                   'aimfair.training.TrainConfig.lr_at': ('training.html#trainconfig.lr_at', 'aimfair/training.py'),

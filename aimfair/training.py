@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 from torch.nn import functional as F
 
@@ -42,6 +42,11 @@ class TrainConfig(Settings):
     scale: tuple[float, float] = Field((0.08, 1.0), description="area of the random crop, as a share of the image")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     precision: str = Field("auto", pattern="^(auto|float32|bfloat16)$", description="auto: bfloat16 on a GPU that has it")
+
+    @field_validator("steps", mode="before")
+    def _or_none(cls, value):
+        "None is written as a word in a file or on a command line."
+        return None if value in ("", "none", "None") else value
 
     def lr_at(self, epoch: int) -> float:
         "Learning rate in `epoch`, counted from 0."

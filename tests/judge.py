@@ -19,7 +19,7 @@ def balanced(n, seed):
     return toyfaces.draw(factors), labels, np.minimum((factors["tone"].to_numpy() * 5).astype(int), 4)
 
 
-def train_judge(n=7000, epochs=5, seed=91):
+def train_judge(n=7000, epochs=10, seed=91):
     "One network with three logits."
     images, labels, _ = balanced(n, seed)
     wanted = torch.from_numpy(labels).float()
