@@ -147,6 +147,11 @@ def parse_ratio(
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{value!r} is not a ratio such as 1/9 or 0.111") from None
 
+# %% ../nbs/00_core.ipynb #c21fe66d
+def or_none(value):
+    "None is written as a word, or as nothing, in a file or on a command line."
+    return None if value in ("", "none", "None") else value
+
 # %% ../nbs/00_core.ipynb #4f2f73ab
 @contextmanager
 def whole_file(

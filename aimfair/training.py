@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 from torch import nn
 from torch.nn import functional as F
 
-from .core import Settings, digest, shown_figure, whole_file
+from .core import Settings, digest, or_none, shown_figure, whole_file
 from .data import Augment, Faces, batches, chosen_batches, normalize
 from .device import autocast, evaluating, pick_device, seeded, stream_seed
 from .models import classification_loss, create_model, head_of, logits_of, predicted_labels, settle_format
@@ -43,10 +43,7 @@ class TrainConfig(Settings):
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     precision: str = Field("auto", pattern="^(auto|float32|bfloat16)$", description="auto: bfloat16 on a GPU that has it")
 
-    @field_validator("steps", mode="before")
-    def _or_none(cls, value):
-        "None is written as a word in a file or on a command line."
-        return None if value in ("", "none", "None") else value
+    _none = field_validator("steps", mode="before")(or_none)
 
     def lr_at(self, epoch: int) -> float:
         "Learning rate in `epoch`, counted from 0."

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 
-from ..core import Settings
+from ..core import Settings, or_none
 from ..data import Faces
 from ..models import classification_loss
 from ..training import Criteria, Fitted, Loss, TrainConfig, fit, predict_logits
@@ -29,6 +29,8 @@ class MethodSettings(Settings):
     optimizer: Literal["sgd", "adam"] | None = Field(None, description="of all its trainings; none: the comparison's")
     lr: float | None = Field(None, gt=0, description="initial learning rate; none: the comparison's")
     weight_decay: float | None = Field(None, ge=0, description="none: the comparison's")
+
+    _none = field_validator("optimizer", "lr", "weight_decay", mode="before")(or_none)
 
     def tuned(
         self,

@@ -15,16 +15,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, create_model, field_validator, model_validator
 
 from ..baselines import BASELINES, EditSettings
-from ..core import Settings, SettingsError, asset, did_you_mean, parse_ratio, read_settings, unknown
+from ..core import Settings, SettingsError, asset, did_you_mean, or_none, parse_ratio, read_settings, unknown
 from ..finetuning import FINETUNE
 from ..training import TrainConfig
 
 # %% ../../nbs/17_repro/01_profiles.ipynb #ce8c989f
-def _or_none(value):
-    "None is written as a word, or as nothing, in a file or on a command line."
-    return None if value in ("", "none", "None") else value
-
-
 class DataSettings(Settings):
     "The real images."
     kind: Literal["toy", "toy-utkface", "celeba", "utkface"] = Field(
@@ -75,7 +70,7 @@ class SyntheticSettings(Settings):
     def _named_generator(cls, values):
         return values | {"kind": "generated"} if isinstance(values, dict) and values.get("generator") else values
 
-    _none = field_validator("steps", "guidance_scale", "negative_prompt", "scheduler", "render_size", mode="before")(_or_none)
+    _none = field_validator("steps", "guidance_scale", "negative_prompt", "scheduler", "render_size", mode="before")(or_none)
 
 # %% ../../nbs/17_repro/01_profiles.ipynb #88890bbb
 class ModelSettings(Settings):
@@ -83,7 +78,7 @@ class ModelSettings(Settings):
     name: str = "resnet18"
     weights: str | None = None
 
-    _none = field_validator("weights", mode="before")(_or_none)
+    _none = field_validator("weights", mode="before")(or_none)
 
 
 class MaskSettings(Settings):
@@ -96,8 +91,8 @@ class MaskSettings(Settings):
     batch_size: int = Field(128, ge=2, description="images in a mini-batch of the gradient passes")
     passes: int = Field(1, ge=1, description="augmented passes over each set; the paper takes one")
 
-    _none = field_validator("k", "ks", "synthetic_n", mode="before")(_or_none)
-    _ratio = field_validator("synthetic_bias", mode="before")(lambda value: parse_ratio(_or_none(value)))
+    _none = field_validator("k", "ks", "synthetic_n", mode="before")(or_none)
+    _ratio = field_validator("synthetic_bias", mode="before")(lambda value: parse_ratio(or_none(value)))
 
 
 BaselineSettings = create_model("BaselineSettings", __base__=Settings, **{
@@ -113,7 +108,7 @@ class RunSettings(Settings):
     tune: bool = Field(False, description="choose the settings of each method from its candidates, by one rule; false: as they are")
     candidates: int | None = Field(None, ge=1, description="candidates of a method at most; none: all that it has")
 
-    _none = field_validator("candidates", mode="before")(_or_none)
+    _none = field_validator("candidates", mode="before")(or_none)
 
 
 class SelectionSettings(Settings):
@@ -122,7 +117,7 @@ class SelectionSettings(Settings):
     sizes: tuple[int, ...] | None = Field(
         None, description="images a group in the synthetic set; none: a quarter, a half and all of synthetic.per_group")
 
-    _none = field_validator("sizes", mode="before")(_or_none)
+    _none = field_validator("sizes", mode="before")(or_none)
 
 # %% ../../nbs/17_repro/01_profiles.ipynb #07eeeb91
 class Protocol(Settings):
