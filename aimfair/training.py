@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Mask', 'Loss', 'Criteria', 'BACKBONE_ATTRIBUTES', 'BACKBONE_FACTORS', 'TrainConfig', 'predict_logits', 'predict',
-           'accuracy', 'check_mask', 'moving_tensors', 'Best', 'judge', 'Fitted', 'fit', 'pretrain_backbone',
-           'save_backbone']
+           'accuracy', 'check_mask', 'moving_tensors', 'Best', 'figures_of', 'judge', 'Fitted', 'fit',
+           'pretrain_backbone', 'save_backbone']
 
 # %% ../nbs/10_training.ipynb #20e9374c
 import json
@@ -301,6 +301,16 @@ class _Progress:
 Criteria = Mapping[str, Callable[[np.ndarray], float]]  # by name: a figure of the validation logits, N x C; higher is better
 
 
+def figures_of(
+    logits: np.ndarray,  # of the validation faces, N x C
+    val: Faces,
+    criteria: Criteria | None = None,
+) -> dict[str, float]:  # val_accuracy, in [0, 1], and what each criterion says
+    "The figures that logits are worth."
+    accuracy = float((predicted_labels(logits) == val.target).mean())
+    return {"val_accuracy": accuracy, **{n: float(f(logits)) for n, f in (criteria or {}).items()}}
+
+
 def judge(
     model: nn.Module,
     val: Faces | None,
@@ -314,8 +324,7 @@ def judge(
         return {"val_accuracy": float("nan")}
     if taken := {"lr", "loss", "train_accuracy", "val_accuracy"} & set(criteria or ()):
         raise ValueError(f"a criterion is called {min(taken)!r}, which is a column of every history; choose another name")
-    z = predict_logits(model, val, **how)
-    return {"val_accuracy": float((predicted_labels(z) == val.target).mean()), **{n: float(f(z)) for n, f in (criteria or {}).items()}}
+    return figures_of(predict_logits(model, val, **how), val, criteria)
 
 # %% ../nbs/10_training.ipynb #39b18301
 def _save(path, identity, run, done):

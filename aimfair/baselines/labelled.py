@@ -19,8 +19,9 @@ from .methods import GroupDRO, balanced_sampling
 from .register import MethodSettings, baseline
 from ..data import Faces
 from ..device import stream_seed
-from ..models import classification_loss, head_of, predicted_labels
-from ..training import Best, Fitted, predict_logits
+from ..groups import group_numbers
+from ..models import classification_loss, head_of
+from ..training import Best, Fitted, figures_of, predict_logits
 
 # %% ../../nbs/13_baselines/05_labelled.ipynb #078e4339
 class GroupDROSettings(MethodSettings):
@@ -132,10 +133,7 @@ _DFR_CANDIDATES = ({"c": 1.0}, {"c": 0.1}, {"c": 0.01})
 
 def _with_head(fitted, head, logits, val, criteria):
     "What ERM fitted with another last layer, as one more epoch of its history; `logits` are those of the validation faces."
-    figures = {"val_accuracy": float("nan")}
-    if val is not None:
-        accuracy = float((predicted_labels(logits) == val.target).mean())
-        figures = {"val_accuracy": accuracy, **{n: float(f(logits)) for n, f in (criteria or {}).items()}}
+    figures = {"val_accuracy": float("nan")} if val is None else figures_of(logits, val, criteria)
     layer = fitted.model.get_submodule(head_of(fitted.model))
     with torch.no_grad():
         layer.weight.copy_(head[0])
@@ -177,7 +175,6 @@ def train_dfr_synthetic(model, train, val, run, *, synthetic):
         raise ValueError(f"DFR needs the groups of its {len(synthetic)} synthetic faces; they have none")
     fitted = run.fit(copy.deepcopy(model), train, val)
     x, like = (features_of(fitted.model, faces, device=run.device) for faces in (synthetic, train))
-    groups = synthetic.target * (synthetic.protected.max() + 1) + synthetic.protected
-    head = balanced_head(x, synthetic.target, groups, like, _outputs(fitted.model), **_head_settings(run))
+    head = balanced_head(x, synthetic.target, group_numbers(synthetic), like, _outputs(fitted.model), **_head_settings(run))
     logits = None if val is None else (features_of(fitted.model, val, device=run.device) @ head[0].T + head[1]).numpy()
     return _with_head(fitted, head, logits, val, run.criteria)

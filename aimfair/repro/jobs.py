@@ -28,7 +28,7 @@ from ..baselines import BASELINES
 from ..core import asset, whole_file
 from ..data import Faces
 from ..finetuning import finetune
-from ..groups import PAPER_MAJORITY, group_indices
+from ..groups import PAPER_MAJORITY, group_indices, group_numbers
 from ..models import create_model, predicted_labels
 from .images import TRAINING_SETS, Images, ImageSets, balanced_synthetic, biased_synthetic, generator_identity, chosen_generator
 from .images import prompts_of, set_sizes, weights_digest
@@ -303,11 +303,6 @@ def edited_faces(edit: Edit, store: Store) -> Faces:
     return Faces.from_arrays(joined["images"], joined["target"], protected=joined["protected"], ids=ids)
 
 # %% ../../nbs/17_repro/04_jobs.ipynb #ee7ff1c8
-def _group_numbers(faces):
-    "The group of each image as one number."
-    return 2 * np.asarray(faces.target) + np.asarray(faces.protected)
-
-# %% ../../nbs/17_repro/04_jobs.ipynb #f7ccdf43
 @dataclass(frozen=True)
 class TrainBaseline(ModelJob):
     "Train from the initial weights by a method of the comparison."
@@ -360,7 +355,7 @@ class TrainBaseline(ModelJob):
     def needed(self, sets: ImageSets, store: Store) -> dict[str, Any]:
         "What the method is given beside training and validation images."
         offered = {"edited": lambda: edited_faces(*self.after, store), "synthetic": lambda: balanced_synthetic(sets),
-                   "groups": lambda: _group_numbers(sets.train), "val_groups": lambda: _group_numbers(sets.val)}
+                   "groups": lambda: group_numbers(sets.train), "val_groups": lambda: group_numbers(sets.val)}
         return {name: offered[name]() for name in self.baseline.needs}
 
     def fit(self, sets, store, checkpoint):
