@@ -394,10 +394,16 @@ class TestChooseK:
         assert all(torch.equal(a, b) for a, b in zip(chosen.fitted.model.state_dict().values(), best.values(), strict=True))
 
     def test_the_unchanged_model_is_chosen_where_nothing_is_fairer(self, world):
-        "Candidates that hardly move, and a model that is sure of every held-out image already."
-        learn = TrainConfig(epochs=12, batch_size=8, lr=0.05, scale=(1, 1), flip=0, milestones=())
-        sure = finetune(world["model"], world["held_out"], None, strategy="full", config=learn, **PLAIN).model
-        found = choose(world, model=sure, ks=[45, 62], config=TrainConfig(epochs=1, batch_size=16, lr=0.1))
+        "A model that knows every held-out image, and candidates that learn images like those with the wrong labels."
+        target, protected = np.repeat([0, 1], 16), np.tile([0, 1], 16)
+        light = np.where(target, 160, 60)[:, None, None, None] + np.random.default_rng(4).integers(0, 40, (2, 32, 3, 32, 32))
+        held_out, wrong = (Faces.from_arrays(x.astype(np.uint8), t, protected=protected)
+                           for x, t in zip(light, (target, 1 - target), strict=True))
+        learn = TrainConfig(epochs=25, batch_size=16, lr=0.05, scale=(1, 1), flip=0, milestones=())
+        sure = finetune(world["model"], held_out, held_out, strategy="full", config=learn, **PLAIN).model
+        assert (predict(sure, held_out, device="cpu").prediction == target).all()
+        found = choose(world, model=sure, synthetic=wrong, val=wrong, held_out=held_out, ks=[45, 62], config=learn)
+        assert (found.table.worst_group_loss[1:] > found.table.worst_group_loss[0]).all()
         assert found.k == 0 and found.mask == set() and found.table.chosen[0] and len(found.fitted.history) == 0
         same = zip(found.fitted.model.state_dict().values(), sure.state_dict().values(), strict=True)
         assert all(torch.equal(a, b) for a, b in same)
