@@ -90,7 +90,7 @@ export: $(STAMP)
 
 # what index and experiments quote of figures/ is put in first; README.md lies one folder above its notebook, so its links are turned accordingly
 readme:
-	@$(BIN)/python nbs/insert_tables.py
+	@$(BIN)/python nbs/quote_results.py
 	@$(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb \
 	  | sed -e 's#](\([a-z0-9_/]*\.ipynb\))#](nbs/\1)#g' -e 's#](\.\./#](#g' -e 's#src="\.\./#src="#g' > $(README)
 

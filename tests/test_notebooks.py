@@ -257,12 +257,13 @@ def what_came_out():
 
 @pytest.mark.parametrize("place", ["README.md", "18_experiments"])
 def test_results_are_quoted_not_typed(place):
-    "Tables are those of figures/, line by line, and outside of them stands no number with a decimal."
+    "Tables and sentences are those of figures/, line by line, and outside of them stands no number with a decimal."
     text = what_came_out()[place]
-    quoted = re.findall(r"<!-- table: (\S+) -->\n(.*?)\n<!-- end of table -->", text, re.S)
+    quoted = re.findall(r"<!-- quote: (\S+) -->\n(.*?)\n<!-- end of quote -->", text, re.S)
     assert quoted
-    for name, table in quoted:
+    for name, lines in quoted:
         file = (ROOT / "figures" / f"{name}.md").read_text(encoding="utf-8").strip()
-        assert file.endswith(table) and table.count("\n") > 3, f"{place} does not quote figures/{name}.md as it is: run `make readme`"
-    rest = re.sub(r"<!-- table.*?<!-- end of table -->", "", text, flags=re.S)
+        assert lines and file.removeprefix(file.split("\n\n")[0] if file.startswith("**") else "").strip() == lines, (
+            f"{place} does not quote figures/{name}.md as it is: run `make readme`")
+    rest = re.sub(r"<!-- quote.*?<!-- end of quote -->", "", text, flags=re.S)
     assert not re.findall(r"\d\.\d", rest)

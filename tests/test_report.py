@@ -290,6 +290,24 @@ def test_claims_are_supported_refuted_or_open(predictions, seeds):
         check_claims(some, [Claim("x", "JTT", "ACC")])
 
 
+def test_verdicts_are_corrected_as_holm_corrects_p_values(predictions):
+    "By hand: the smallest of m p values has to be below alpha / m, the next below alpha / (m - 1), and so on."
+    runs, middle = PairedRuns(predictions), PairedRuns(predictions).difference("AIM-Fair", "ERM", "ACC")
+    reach = [middle.difference - runs.difference("AIM-Fair", "ERM", "ACC", confidence=level).low for level in (0.95, 0.975, 1 - 0.05 / 3)]
+    assert reach == sorted(reach)
+    between = [(a + b) / 2 for a, b in zip(reach, reach[1:], strict=False)]  # decided alone, not among two; among two, not among three
+
+    def verdicts(*away):
+        claims = [Claim(str(i), "AIM-Fair", "ACC", margin=middle.difference - m) for i, m in enumerate(away)]
+        return check_claims(predictions, claims).verdict.tolist()
+
+    alone, of_two = between
+    assert verdicts(alone) == ["supported"] and verdicts(alone, 0) == ["open", "open"] and verdicts(of_two, 0) == ["supported", "open"]
+    assert verdicts(of_two, 0, 0) == ["open"] * 3 and verdicts(alone, of_two, 90) == ["supported"] * 3 and verdicts(alone, 0, 90)[0] == "open"
+    places = check_claims({"a": predictions, "b": predictions}, [Claim("x", "AIM-Fair", "ACC", margin=middle.difference - alone)])
+    assert places.verdict.tolist() == ["open", "open"] and places.index.tolist() == [("a", "x"), ("b", "x")]
+
+
 def test_an_interval_over_seeds_and_images_is_wider_than_either(predictions, scores):
     both = PairedRuns(predictions).difference("AIM-Fair", "ERM", "ACC")
     paired = (scores.ACC.loc["AIM-Fair"] - scores.ACC.loc["ERM"])

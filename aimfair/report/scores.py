@@ -8,8 +8,9 @@ __all__ = ['HIGHER_IS_BETTER', 'SCORES', 'SCORE_WORDS', 'AGGREGATIONS', 'per_see
            'span_sentence', 'Claim', 'check_claims', 'distinct_best']
 
 # %% ../../nbs/16_report/01_scores.ipynb #b20c351d
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -306,18 +307,40 @@ class Claim:
         return "supported" if (above if self.at_least else below) else "refuted" if (below if self.at_least else above) else "open"
 
 
+def _verdicts(claims, differences, alpha):
+    "Holm's correction step by step: what intervals decide at the level that is left for those still open stands, until they decide nothing more."
+    verdicts = {key: "open" for key in claims}
+    while left := [key for key, verdict in verdicts.items() if verdict == "open"]:
+        ends = {key: differences(key, 1 - alpha / len(left))[["low", "high"]] for key in left}
+        decided = {key: verdict for key in left if (verdict := claims[key].verdict(*ends[key])) != "open"}
+        if not decided:
+            break
+        verdicts |= decided
+    return verdicts
+
+
 def check_claims(
-    predictions: pd.DataFrame,  # as for `per_seed`
+    predictions: pd.DataFrame | Mapping[Any, pd.DataFrame],  # as for `per_seed`; or several under a key each, {place: predictions}
     claims: Iterable[Claim],
-    *, confidence: float = 0.95,  # of the intervals
-) -> pd.DataFrame:  # a row a claim, indexed by its text: difference, low, high (points), verdict, seeds
-    "What the predictions say of claims. With one seed the interval is over test images alone, of these trained models."
-    runs, rows = PairedRuns(predictions), {}
-    for claim in claims:
-        found = runs.difference(claim.method, claim.other, claim.metric, confidence=confidence)
-        rows[claim.text] = [found.difference, found.low, found.high, claim.verdict(found.low, found.high), int(found.seeds)]
-    columns = ["difference", "low", "high", "verdict", "seeds"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("Claim")
+    *, confidence: float = 0.95,  # of every interval, and of all verdicts together
+) -> pd.DataFrame:  # a row a claim, by its text, or by place and text: difference, low, high (points), verdict, seeds
+    """What the predictions say of claims. With one seed the interval is over test images alone, of these trained models.
+
+    The verdicts are corrected by Holm's method for the number of claims: where an interval just excludes the margin, a claim among many is
+    still open.
+    """
+    several = isinstance(predictions, Mapping)
+    runs = {place: PairedRuns(part) for place, part in (predictions if several else {"": predictions}).items()}
+    claims = list(claims)
+    asked = {(place, claim.text): claim for place in runs for claim in claims}
+
+    def difference(key, level):
+        return runs[key[0]].difference(asked[key].method, asked[key].other, asked[key].metric, confidence=level)
+
+    rows = pd.DataFrame({key: difference(key, confidence) for key in asked}).T.astype({"seeds": int})
+    rows.insert(3, "verdict", pd.Series(_verdicts(asked, difference, 1 - confidence)))
+    rows.index = rows.index.set_names(["place", "Claim"])
+    return rows if several else rows.droplevel("place")
 
 # %% ../../nbs/16_report/01_scores.ipynb #9ee34d81
 def distinct_best(

@@ -1,19 +1,19 @@
-"Put the tables of figures/ where index and experiments quote them: between `<!-- table: NAME -->` and `<!-- end of table -->`."
+"Put what figures/ say where index and experiments quote it: between `<!-- quote: NAME -->` and `<!-- end of quote -->` the text of NAME.md."
 import json
 import re
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-QUOTED = re.compile(r"(<!-- table: (\S+) -->\n)(?:(?!<!--).*?\n)*(<!-- end of table -->)")
+QUOTED = re.compile(r"(<!-- quote: (\S+) -->\n)(?:(?!<!--).*?\n)*(<!-- end of quote -->)")
 
 
-def with_tables(text: str, figures: Path) -> str:
-    "A text with the tables that it quotes, as they are in `figures`; a table's caption stays out."
-    def table(found):
+def with_quotes(text: str, figures: Path) -> str:
+    "A text with the tables and sentences that it quotes, as they are in `figures`; a table's caption stays out."
+    def quote(found):
         lines = (figures / f"{found[2]}.md").read_text(encoding="utf-8").strip().splitlines()
         return found[1] + "\n".join(lines[2:] if lines[0].startswith("**") else lines) + "\n" + found[3]
-    return QUOTED.sub(table, text)
+    return QUOTED.sub(quote, text)
 
 
 def main(figures: Path = HERE.parent / "figures") -> None:
@@ -22,7 +22,7 @@ def main(figures: Path = HERE.parent / "figures") -> None:
         book = json.loads(before)
         for cell in book["cells"]:
             if cell["cell_type"] == "markdown":
-                cell["source"] = with_tables("".join(cell["source"]), figures).splitlines(keepends=True)
+                cell["source"] = with_quotes("".join(cell["source"]), figures).splitlines(keepends=True)
         after = json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
         if json.loads(after) != json.loads(before):
             path.write_text(after, encoding="utf-8")
