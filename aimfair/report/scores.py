@@ -308,7 +308,7 @@ class Claim:
 
 
 def _verdicts(claims, differences, alpha):
-    "Holm's correction step by step: what intervals decide at the level that is left for those still open stands, until they decide nothing more."
+    "Holm's correction: what intervals decide at the level that is left for those still open stands, until they decide nothing more."
     verdicts = {key: "open" for key in claims}
     while left := [key for key, verdict in verdicts.items() if verdict == "open"]:
         ends = {key: differences(key, 1 - alpha / len(left))[["low", "high"]] for key in left}
