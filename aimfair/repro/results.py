@@ -152,15 +152,23 @@ def _budget(p):
 
 _CHOSEN = "settings chosen by validation accuracy and, with synthetic images, by the loss of their worst group, on the first seed"
 _LABELS = "† reads group labels of real images"
-_STAND_IN = "synthetic images are real ones taken by their group labels, and nothing about a domain gap follows"
 
 
+def _standing_in(results, protocols):
+    "Which rows read group labels because real images stand in for synthetic ones."
+    if not any(p.synthetic.kind in ("celeba", "rest") for p in protocols):
+        return []
+    used = (c.label for c in results.cases if c.method and "pool" in find_method(c.method).model(protocols[0], results.seeds[0]).sets)
+    return ["synthetic images are real ones taken by their group labels, so that nothing about a domain gap follows; rows that read these: "
+            + ", ".join(dict.fromkeys(used))]
+
+# %% ../../nbs/17_repro/11_results.ipynb #90e17103
 def _how(results, protocols):
     "What a reader of a comparison has to know: budgets, choices, and who reads labels."
     shown = {c.label for c in results.cases}
     return [*_shared(protocols, _budget, "{}"), *[_CHOSEN] * results.profile.run.tune,
             *["each seed draws its training images"] * results.profile.run.resample, *[_LABELS] * any("†" in label for label in shown),
-            *[_STAND_IN] * any(p.synthetic.kind in ("celeba", "rest") for p in protocols)]
+            *_standing_in(results, protocols)]
 
 # %% ../../nbs/17_repro/11_results.ipynb #92d60a1c
 def about(
