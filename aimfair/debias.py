@@ -120,6 +120,7 @@ def debias(
     freeze_batchnorm: bool = False,  # True keeps running statistics
     average: float | None = None,  # share of the fine-tuned weights in their average with those before, in (0, 1]; None: no average
     mix: float | None = None,  # share of real images in the batches of fine-tuning, between 0 and 1; None: synthetic ones alone
+    tolerance: float = 2.0,  # with k="auto": standard errors by which a candidate may be less accurate on `val` than the model as it is
     seed: int = 0,
     device: str | None = None,  # None picks the best there is
     cache: str | Path | None = None,  # folder of decoded images; None: $AIMFAIR_CACHE, or ~/.cache/aimfair
@@ -132,7 +133,7 @@ def debias(
     sources = {"real": real, "synthetic": synthetic, "val": val} | ({} if test is None else {"test": test})
     tables = {name: faces_table(source, groups=name in ("synthetic", "test")) for name, source in sources.items()}
     method = {"k": k, "bias": bias, "majority": majority, "mean": mean, "std": std, "freeze_batchnorm": freeze_batchnorm,
-              "average": average, "mix": mix, "seed": seed}
+              "average": average, "mix": mix, "tolerance": tolerance, "seed": seed}
     record = _record({"model": _model_name(model), "size": size, **method, **config.model_dump()}, tables, {"weights": weights})
 
     def compute(checkpoint):

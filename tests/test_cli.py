@@ -306,11 +306,13 @@ def test_debias_passes_its_options_on(monkeypatch, tmp_path, capsys):
     words = ["debias", "--model", "my.module:build", "--real", folder, "--synthetic", folder, "--val", folder, "--out", folder]
     assert main(words) == 0
     assert main([*words, "--k", "40", "--bias", "1:4", "--epochs", "3", "--lr", "0.02", "--batch-size", "32", "--size", "64", "--seed", "7",
-                 "--device", "cpu", "--freeze-batchnorm", "--test", folder, "--mean", "0.5,0.4,0.3", "--std", "1,1,0.5"]) == 0
+                 "--device", "cpu", "--freeze-batchnorm", "--test", folder, "--mean", "0.5,0.4,0.3", "--std", "1,1,0.5", "--average", "0.5",
+                 "--mix", "0.25", "--tolerance", "1"]) == 0
     base = {"model": "my.module:build", **dict.fromkeys(("real", "synthetic", "val", "out"), tmp_path)}
-    plain = {**base, "bias": 1 / 9, "seed": 0, "freeze_batchnorm": False}
+    plain = {**base, "bias": 1 / 9, "seed": 0, "freeze_batchnorm": False, "tolerance": 2.0}
     full = {**base, "test": tmp_path, "k": 40, "bias": 0.25, "epochs": 3, "lr": 0.02, "batch_size": 32, "size": 64, "seed": 7,
-            "device": "cpu", "freeze_batchnorm": True, "mean": (0.5, 0.4, 0.3), "std": (1.0, 1.0, 0.5)}
+            "device": "cpu", "freeze_batchnorm": True, "mean": (0.5, 0.4, 0.3), "std": (1.0, 1.0, 0.5), "average": 0.5, "mix": 0.25,
+            "tolerance": 1.0}
     assert calls == [plain, full]
     assert capsys.readouterr().out == "before and after\n" * 2
 

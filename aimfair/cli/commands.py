@@ -189,6 +189,10 @@ def debias(
     seed: Seed = 0,
     device: Device = None,
     freeze_batchnorm: Annotated[bool, typer.Option("--freeze-batchnorm", help="keep running statistics as they are")] = False,
+    average: Annotated[float | None, option("X", "share of the new weights in an average with your model's; by default no average", min=0,
+                                            max=1)] = None,
+    mix: Annotated[float | None, option("X", "share of your images in every mini-batch; by default none", min=0, max=1)] = None,
+    tolerance: Annotated[float, option("X", "with --k auto: standard errors of accuracy that fairness may cost", min=0)] = 2.0,
 ):
     """Make your own classifier fairer.
 
