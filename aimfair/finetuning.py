@@ -8,7 +8,6 @@ __all__ = ['Strategy', 'FINETUNE', 'trainable_parameters', 'average_weights', 'f
            'eligible_candidates', 'pick_candidate', 'ChosenK', 'choose_k']
 
 # %% ../nbs/12_finetuning.ipynb #b11c3a9d
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from .core import DataError, shown_figure, unknown
 from .data import Faces
 from .groups import Group, group_indices, group_name, group_sizes, take_groups
 from .metrics import fairness_report
-from .models import head_of, predicted_labels, sample_losses
+from .models import copy_model, head_of, predicted_labels, sample_losses
 from .sensitivity import Gradients, Ranking, mask_size, paper_k, rank_units
 from .training import Criteria, Fitted, Mask, TrainConfig, accuracy, fit, moving_tensors, predict_logits
 from .training import judge as validation_figures
@@ -60,7 +59,7 @@ def average_weights(
     Raises `ValueError` for a share out of range or models that differ in their tensors."""
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share}; expected the share of the later weights, in [0, 1]")
-    start, model = before.state_dict(), copy.deepcopy(after)
+    start, model = before.state_dict(), copy_model(after)
     if {n: v.shape for n, v in start.items()} != {n: v.shape for n, v in model.state_dict().items()}:
         raise ValueError(f"{type(before).__name__} and {type(after).__name__} hold different tensors; their average is no model")
     for name, value in model.state_dict().items():
@@ -82,7 +81,7 @@ def _mixed(synthetic, real, share, config):
 def _averaged(model, fitted, val, share, criteria, how):
     "What was fine-tuned, each of its models averaged with the one it came from."
     def again(name, best):
-        after = copy.deepcopy(fitted.model)
+        after = copy_model(fitted.model)
         after.load_state_dict(best.state)
         mixed = average_weights(model, after, share)
         return best._replace(value=validation_figures(mixed, val, criteria, **how)[name], state=mixed.state_dict())
@@ -115,7 +114,7 @@ def finetune(
     "Fine-tune a copy of the model on synthetic images (paper: SFT). Errors as in `trainable_parameters`, `average_weights` and `fit`."
     names = trainable_parameters(model, strategy, mask)
     images, sampling, config = (synthetic, None, config) if mix is None else _mixed(synthetic, mix, share, config)
-    fitted = fit(copy.deepcopy(model), images, val, trainable=mask if strategy == "selective" else names, config=config, seed=seed,
+    fitted = fit(copy_model(model), images, val, trainable=mask if strategy == "selective" else names, config=config, seed=seed,
                  freeze_batchnorm=freeze_batchnorm, sampling=sampling, criteria=criteria, checkpoint=checkpoint, device=device,
                  progress=progress)
     how = {"device": device, "precision": config.precision}
@@ -189,7 +188,7 @@ def judge(
     **how,  # device, precision: as for `predict`
 ) -> dict[str, float]:  # worst_group_loss (nats), worst_group_accuracy, equalized_odds (fractions)
     "How fair a candidate is on held-out images; the worst group of the loss is the one with the largest mean."
-    z = predict_logits(copy.deepcopy(model), held_out, **how)
+    z = predict_logits(copy_model(model), held_out, **how)
     report = fairness_report(held_out.target, predicted_labels(z), sensitive_features=held_out.protected)
     losses = sample_losses(torch.from_numpy(z), torch.tensor(held_out.target)).double().numpy()
     return {"worst_group_loss": max(float(losses[index].mean()) for index in group_indices(held_out).values()),
@@ -214,7 +213,7 @@ def right_answers(
     **how,  # device, precision: as for `predict`
 ) -> np.ndarray:  # bool, one an image
     "Which images a model gets right."
-    return predicted_labels(predict_logits(copy.deepcopy(model), faces, **how)) == faces.target
+    return predicted_labels(predict_logits(copy_model(model), faces, **how)) == faces.target
 
 
 def accuracy_change(
@@ -259,7 +258,7 @@ def pick_candidate(
 # %% ../nbs/12_finetuning.ipynb #9e852797
 def _unchanged(model, like, before):
     "The model as it is, as a candidate whose training has no epoch; `before` says which validation images it gets right."
-    return Fitted(copy.deepcopy(model).cpu(), like.history.iloc[:0], -1, float(before.mean()))
+    return Fitted(copy_model(model).cpu(), like.history.iloc[:0], -1, float(before.mean()))
 
 
 def _judged(model, masks, candidates, val, before, held_out, how):
@@ -348,7 +347,7 @@ class ChosenK:
         *, device: str | None = None,
     ) -> pd.DataFrame:  # a row a candidate, by k: accuracy, worst_group_loss, worst_group_accuracy, equalized_odds (fractions), chosen
         "What the candidates turn out to be worth on images with groups; no choice may depend on it."
-        found = {k: {"accuracy": accuracy(copy.deepcopy(c.model), test, device=device), **judge(c.model, test, device=device)}
+        found = {k: {"accuracy": accuracy(copy_model(c.model), test, device=device), **judge(c.model, test, device=device)}
                  for k, c in self.candidates.items()}
         return pd.DataFrame(found).T.rename_axis("k").assign(chosen=self.table.chosen)
 

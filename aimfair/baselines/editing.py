@@ -6,7 +6,6 @@
 __all__ = ['Prompts', 'EditSettings', 'edit_plan', 'edit_protected', 'DiGASettings', 'train_diga']
 
 # %% ../../nbs/13_baselines/03_editing.ipynb #63572eee
-import copy
 import zlib
 from collections.abc import Callable, Mapping
 
@@ -20,6 +19,7 @@ from .register import MethodSettings, baseline
 from ..core import Settings
 from ..data import Faces
 from ..groups import group_name
+from ..models import copy_model
 
 # %% ../../nbs/13_baselines/03_editing.ipynb #ac85cf9a
 def _strength_range(strength):
@@ -147,4 +147,4 @@ class DiGASettings(MethodSettings):
 def train_diga(model, train, val, run, *, edited):
     """Train on real faces and on their edits, from `edit_protected` (after Zhang et al., "Distributionally Generative Augmentation for Fair
     Facial Attribute Classification", CVPR 2024). Unless steps are held, an epoch is longer by the edits."""
-    return run.fit(copy.deepcopy(model), Faces.concat([train, edited.without_groups()]), val)
+    return run.fit(copy_model(model), Faces.concat([train, edited.without_groups()]), val)

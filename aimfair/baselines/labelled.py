@@ -7,8 +7,6 @@ __all__ = ['GroupDROSettings', 'train_group_dro', 'features_of', 'sparse_regress
            'train_dfr_synthetic']
 
 # %% ../../nbs/13_baselines/05_labelled.ipynb #1d42aed2
-import copy
-
 import numpy as np
 import pandas as pd
 import torch
@@ -20,7 +18,7 @@ from .register import MethodSettings, baseline
 from ..data import Faces
 from ..device import stream_seed
 from ..groups import group_numbers
-from ..models import classification_loss, head_of
+from ..models import classification_loss, copy_model, head_of
 from ..training import Best, Fitted, figures_of, predict_logits
 
 # %% ../../nbs/13_baselines/05_labelled.ipynb #078e4339
@@ -38,7 +36,7 @@ def train_group_dro(model, train, val, run, *, groups):
     them."""
     if len(groups) != len(train):
         raise ValueError(f"group DRO needs the group of each of {len(train)} training images; found {len(groups)}")
-    dro = GroupDRO(copy.deepcopy(model), np.asarray(groups), run.settings.group_step)
+    dro = GroupDRO(copy_model(model), np.asarray(groups), run.settings.group_step)
     return run.fit(dro, train, val, loss_fn=dro.loss, sampling=balanced_sampling(groups)).part("model")
 
 # %% ../../nbs/13_baselines/05_labelled.ipynb #10024dae
@@ -159,7 +157,7 @@ def train_dfr(model, train, val, run, *, val_groups):
     if val is None or len(val_groups) != len(val):
         raise ValueError(f"DFR needs validation faces and the group of each; found {0 if val is None else len(val)} faces and "
                          f"{len(val_groups)} groups")
-    fitted = run.fit(copy.deepcopy(model), train, val)
+    fitted = run.fit(copy_model(model), train, val)
     x, like = (features_of(fitted.model, faces, device=run.device) for faces in (val, train))
     given = (x, val.target, np.asarray(val_groups), like, _outputs(fitted.model))
     logits = _crossed_logits(*given, **_head_settings(run))
@@ -173,7 +171,7 @@ def train_dfr_synthetic(model, train, val, run, *, synthetic):
     group label of a real image is read; `synthetic` has its own, those of the prompts. Raises `ValueError` where it has none."""
     if synthetic.protected is None:
         raise ValueError(f"DFR needs the groups of its {len(synthetic)} synthetic faces; they have none")
-    fitted = run.fit(copy.deepcopy(model), train, val)
+    fitted = run.fit(copy_model(model), train, val)
     x, like = (features_of(fitted.model, faces, device=run.device) for faces in (synthetic, train))
     head = balanced_head(x, synthetic.target, group_numbers(synthetic), like, _outputs(fitted.model), **_head_settings(run))
     logits = None if val is None else (features_of(fitted.model, val, device=run.device) @ head[0].T + head[1]).numpy()

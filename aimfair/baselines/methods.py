@@ -9,7 +9,6 @@ __all__ = ['cvar', 'CVaRSettings', 'train_cvar', 'scale_gradients', 'infer_envir
            'train_maple']
 
 # %% ../../nbs/13_baselines/02_methods.ipynb #c07ae268
-import copy
 from typing import Literal
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from .register import MethodSettings, baseline, split_steps
 from ..data import Faces
 from ..device import stream_seed
-from ..models import head_of, logits_of, predicted_labels, sample_losses
+from ..models import copy_model, head_of, logits_of, predicted_labels, sample_losses
 from ..sensitivity import Gradients, group_gradients
 from ..training import TrainConfig, fit, predict_logits
 
@@ -49,7 +48,7 @@ def train_cvar(model, train, val, run):
     NeurIPS 2020). The estimate of a mini-batch is biased towards less robustness, the more so the smaller `alpha * batch_size` is."""
     def loss_fn(logits, y, rows):
         return cvar(sample_losses(logits, y), run.settings.alpha)
-    return run.fit(copy.deepcopy(model), train, val, loss_fn=loss_fn)
+    return run.fit(copy_model(model), train, val, loss_fn=loss_fn)
 
 # %% ../../nbs/13_baselines/02_methods.ipynb #6c88f4bd
 def scale_gradients(
@@ -134,7 +133,7 @@ def train_eiil(model, train, val, run):
     reference = run.reference(model, train, first)
     soft = infer_environments(run.logits(reference, train), train.target, steps=s.inference_steps, lr=s.inference_lr, seed=run.seed)
     groups = 2 * train.target + (soft > 0.5)
-    dro = GroupDRO(copy.deepcopy(model), groups, s.group_step)
+    dro = GroupDRO(copy_model(model), groups, s.group_step)
     return run.fit(dro, train, val, loss_fn=dro.loss, config=second, sampling=balanced_sampling(groups)).part("model")
 
 # %% ../../nbs/13_baselines/02_methods.ipynb #dda40bb9
@@ -157,7 +156,7 @@ class LearningFromFailure(nn.Module):
         decay: float = 0.7,  # of the moving averages
     ):
         super().__init__()
-        self.biased, self.debiased, self.q, self.decay = copy.deepcopy(model), copy.deepcopy(model), q, decay
+        self.biased, self.debiased, self.q, self.decay = copy_model(model), copy_model(model), q, decay
         self.register_buffer("target", torch.tensor(np.asarray(target, np.int64)))
         self.register_buffer("averages", torch.zeros(2, len(target)))  # biased, debiased
         self.register_buffer("visited", torch.zeros(len(target), dtype=torch.bool))
@@ -244,7 +243,7 @@ def train_jtt(model, train, val, run):
     """Train, repeat the errors, train again from the same start (Liu et al., "Just Train Twice: Improving Group Robustness without Training
     Group Information", ICML 2021). Unless steps are held, an epoch of the second training is longer by the repetitions."""
     repeated, second = _errors_repeated(model, train, run)
-    return run.fit(copy.deepcopy(model), repeated, val, config=second)
+    return run.fit(copy_model(model), repeated, val, config=second)
 
 # %% ../../nbs/13_baselines/02_methods.ipynb #dc2e73a2
 def alignment(
@@ -260,7 +259,7 @@ def alignment(
         return np.zeros(len(faces))
     losses, y = [], torch.tensor(faces.target)
     for sign in (1, -1):
-        probe = copy.deepcopy(model)
+        probe = copy_model(model)
         with torch.no_grad():
             for n, p in probe.named_parameters():
                 p.add_(direction[n].to(p.device), alpha=sign * radius / length)
@@ -328,7 +327,7 @@ def maple_scores(
 ) -> np.ndarray:  # N probabilities of being trained on
     "The outer loop of MAPLE: which training samples make ERM robust on the validation groups (Zhou et al., ICML 2022)."
     from tqdm.auto import tqdm
-    s, inner = MAPLESettings(**settings), copy.deepcopy(model)
+    s, inner = MAPLESettings(**settings), copy_model(model)
     train, val = train.without_groups(), val.without_groups()
     val.protected = np.asarray(groups, np.int64)  # those that were handed in, not the annotated ones
     scores = torch.full((len(train),), s.size, dtype=torch.float64, requires_grad=True)
@@ -363,4 +362,4 @@ def train_maple(model, train, val, run, *, val_groups=None):
                           **run.settings.model_dump())
     drawn = _subset(scores, stream_seed(run.seed, run.settings.outer_steps))
     chosen = np.resize(drawn, len(train))  # repeated, so that an epoch is as long as ERM's
-    return run.fit(copy.deepcopy(model), train.select(chosen), val, config=last)
+    return run.fit(copy_model(model), train.select(chosen), val, config=last)

@@ -6,7 +6,6 @@
 __all__ = ['GroupLabels', 'BASELINES', 'MethodSettings', 'split_steps', 'Run', 'Baseline', 'baseline', 'ERMSettings', 'train_erm']
 
 # %% ../../nbs/13_baselines/01_register.ipynb #f657d3a1
-import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from torch import nn
 
 from ..core import Settings, or_none
 from ..data import Faces
-from ..models import classification_loss
+from ..models import classification_loss, copy_model
 from ..training import Criteria, Fitted, Loss, TrainConfig, fit, predict_logits
 
 # %% ../../nbs/13_baselines/01_register.ipynb #47a7ed11
@@ -88,7 +87,7 @@ class Run:
         config: TrainConfig,  # of this stage, from `split_steps`
     ) -> nn.Module:
         "A copy of the model, briefly trained by ERM, whose mistakes a method learns from."
-        return self.fit(copy.deepcopy(model), train, None, stage="reference", config=config).model
+        return self.fit(copy_model(model), train, None, stage="reference", config=config).model
 
     def logits(self, model: nn.Module, faces: Faces) -> np.ndarray:  # N x C
         "As `predict_logits`, on the run's device."
@@ -179,4 +178,4 @@ class ERMSettings(MethodSettings):
 @baseline("ERM", ERMSettings, "ordinary training", candidates=({}, {"lr": 0.003}), selects="accuracy on validation images")
 def train_erm(model, train, val, run):
     "Ordinary training, with the call that all baselines share (paper: ERM). Errors as in `fit`."
-    return run.fit(copy.deepcopy(model), train, val)
+    return run.fit(copy_model(model), train, val)

@@ -6,7 +6,6 @@
 __all__ = ['FFRSettings', 'train_ffr', 'train_jtt_synthetic']
 
 # %% ../../nbs/13_baselines/04_synthetic.ipynb #a72a36f4
-import copy
 from typing import Literal
 
 from pydantic import Field
@@ -14,6 +13,7 @@ from pydantic import Field
 from .methods import JTTSettings, _errors_repeated
 from .register import MethodSettings, baseline, split_steps
 from ..data import Faces
+from ..models import copy_model
 
 # %% ../../nbs/13_baselines/04_synthetic.ipynb #3d4febc6
 class FFRSettings(MethodSettings):
@@ -33,7 +33,7 @@ def train_ffr(model, train, val, run, *, synthetic):
     both epochs."""
     s = run.settings
     first, second = split_steps(run.config, max(round(s.pretraining * run.config.epochs), 1))
-    start = run.fit(copy.deepcopy(model), synthetic.without_groups(), val, stage="pretraining", config=first).model
+    start = run.fit(copy_model(model), synthetic.without_groups(), val, stage="pretraining", config=first).model
     return run.fit(start, train, val, config=second, freeze_batchnorm=s.freeze_batchnorm)
 
 # %% ../../nbs/13_baselines/04_synthetic.ipynb #77f37986
@@ -43,4 +43,4 @@ def train_jtt_synthetic(model, train, val, run, *, synthetic):
     """JTT whose second training set also holds balanced synthetic images (after Liu et al., "Just Train Twice: Improving Group Robustness
     without Training Group Information", ICML 2021)."""
     repeated, second = _errors_repeated(model, train, run)
-    return run.fit(copy.deepcopy(model), Faces.concat([repeated, synthetic.without_groups()]), val, config=second)
+    return run.fit(copy_model(model), Faces.concat([repeated, synthetic.without_groups()]), val, config=second)

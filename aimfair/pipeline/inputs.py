@@ -7,7 +7,6 @@ __all__ = ['MIN_GROUP', 'MIN_GROUP_AUTO', 'group_scores', 'find_majority', 'synt
            'prompts_in', 'gather_images']
 
 # %% ../../nbs/14_pipeline/01_inputs.ipynb #a18866d3
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from ..device import evaluating
 from ..groups import Group, Majority, balanced_counts, group_indices, group_name, group_sizes
 from ..groups import held_out_rows, hold_out, largest_biased_counts, take_groups
 from ..data import Faces, faces_table, load_faces, normalize
-from ..models import logits_of
+from ..models import copy_model, logits_of
 
 # %% ../../nbs/14_pipeline/01_inputs.ipynb #60004f5a
 def _true_class_probability(predictions):
@@ -86,7 +85,7 @@ class Adapted:
 
     @classmethod
     def of(cls, model, mean, std):
-        adapted, home = copy.deepcopy(model), next(model.parameters()).device
+        adapted, home = copy_model(model), next(model.parameters()).device
         handle = adapted.register_forward_pre_hook(_normalizing(mean, std)) if mean is not None else None
         return cls(adapted, handle and handle.id, home)
 

@@ -6,11 +6,10 @@
 __all__ = ['Debiased', 'AIMFair']
 
 # %% ../../nbs/14_pipeline/03_method.ipynb #c440bff7
-import copy
 import json
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -24,7 +23,7 @@ from ..core import digest, unknown, whole_file, whole_folder, write_whole
 from ..device import pick_device
 from ..groups import Group, group_name, parse_majority
 from ..data import Faces
-from ..models import check_model
+from ..models import check_model, copy_model
 from ..training import Fitted, TrainConfig, predict
 from ..sensitivity import Gradients, gradient_pass, paper_k, select_parameters, sensitivity_table
 from ..finetuning import FINETUNE, ChosenK, Strategy, choose_k, finetune, trainable_parameters
@@ -177,7 +176,7 @@ def _selective(aim, model, sets, images, kept, how):
     if images.choosing is not None:
         choice = choose_k(model, balanced, images.val, images.choosing, gradients=gradients, tolerance=aim.tolerance,
                           checkpoint=kept.path("candidates"), **how)
-        fitted, k, mask = copy.deepcopy(choice.fitted), int(choice.k), choice.mask
+        fitted, k, mask = replace(choice.fitted, model=copy_model(choice.fitted.model)), int(choice.k), choice.mask
     else:
         choice, k = None, aim.k or paper_k(len(gradients["real"]))
         mask = select_parameters(**gradients, k=k)  # says which k would do when none is selected

@@ -6,7 +6,6 @@
 __all__ = ['Gradients', 'Batches', 'mean_gradients', 'gradient_pass', 'GroupGradients', 'group_gradients']
 
 # %% ../../nbs/11_sensitivity/01_gradients.ipynb #f3a97943
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import nn
 from ..data import Augment, Faces, batches
 from ..device import pick_device, seeded
 from ..groups import Group, group_indices
-from ..models import classification_loss, logits_of, settle_format
+from ..models import classification_loss, copy_model, logits_of, settle_format
 from ..training import Loss
 
 # %% ../../nbs/11_sensitivity/01_gradients.ipynb #98d4f05a
@@ -26,7 +25,7 @@ Batches = Iterable[tuple[torch.Tensor, ...]]  # (images, target labels), and whe
 
 def _probe(model, device):
     "A copy whose every parameter takes gradients."
-    return copy.deepcopy(model).to(device).requires_grad_(True)
+    return copy_model(model).to(device).requires_grad_(True)
 
 
 def _gradient_sums(probe, batches, loss_fn, device):
