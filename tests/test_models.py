@@ -1,6 +1,9 @@
 "Classifiers by name, weights that fit or are refused, other people's models."
+import argparse
+import json
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +52,35 @@ class TestWeights:
             with pytest.raises(WeightsError, match="state dict"):
                 read_weights(tmp_path / name)
         assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize("wrap", [
+        lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}, "hyper_parameters": argparse.Namespace(lr=0.1, out=Path("x"))},
+        lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+        lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()} | {"criterion.weight": torch.ones(2)},
+        lambda s: {"epoch": 3, "model_state_dict": s, "optimizer_state_dict": {"state": {0: {"momentum_buffer": torch.ones(3)}}}},
+        lambda s: {"trainer": {"net": {k.replace("layer1.", "layer1._orig_mod."): v for k, v in s.items()}}, "when": datetime(2026, 1, 1)},
+    ])
+    def test_as_training_frameworks_write_them(self, tmp_path, wrap):
+        model = narrow_resnet18(n_outputs=3)
+        torch.save(wrap(model.state_dict()), tmp_path / "a.ckpt")
+        file = tmp_path / "a.ckpt"
+        for got in (create_model("toy_resnet18", weights=file, n_outputs=3), model_from("toy_resnet18", file)):
+            assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), got.state_dict().values(), strict=True))
+
+    def test_sharded_safetensors(self, tmp_path):
+        from safetensors.torch import save_file
+        model = narrow_resnet18(n_outputs=3)
+        state = model.state_dict()
+        shards = {name: f"model-{i % 2 + 1}-of-2.safetensors" for i, name in enumerate(state)}
+        for shard in set(shards.values()):
+            save_file({name: state[name] for name in state if shards[name] == shard}, tmp_path / shard)
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+        found = read_weights(index)
+        assert found.keys() == state.keys() and all(torch.equal(state[name], value) for name, value in found.items())
+        next(tmp_path.glob("model-1*")).unlink()
+        with pytest.raises(WeightsError, match="index.json"):
+            read_weights(index)
 
     @pytest.mark.parametrize("content", [b"", b"not weights", b"\x80\x02}q\x00."])
     def test_files_that_are_no_weights(self, tmp_path, content):
