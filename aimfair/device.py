@@ -14,13 +14,26 @@ import torch
 from torch import nn
 
 # %% ../nbs/01_device.ipynb #226f46ac
+def _there(kind):
+    "How many devices of a kind there are."
+    return {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, 1)
+
+
 def pick_device(
-    device: str | torch.device | None = None,  # e.g. "cuda:1"; None picks the best there is
+    device: str | int | torch.device | None = None,  # "cpu", "cuda", "cuda:1" or 1, "mps", "gpu" for any GPU; None picks the best there is
 ) -> torch.device:
-    "The named device, or a CUDA GPU, Apple's GPU, the CPU, whichever exists first."
-    if device is not None:
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    "The named device, or a CUDA GPU, Apple's GPU, the CPU, whichever exists first. Raises `ValueError` for one that is not there."
+    best = next(kind for kind in ("cuda", "mps", "cpu") if _there(kind))
+    word = str(best if device is None else device).strip().lower()
+    if word == "gpu":
+        word = best if best != "cpu" else "cuda"
+    try:
+        found = torch.device(f"cuda:{word}" if word.isdecimal() else word)
+    except RuntimeError:
+        raise ValueError(f"device is {str(device)!r}; expected cpu, cuda, cuda:1 (or 1), mps or gpu") from None
+    if (found.index or 0) >= _there(found.type):
+        raise ValueError(f"device is {str(device)!r}, which this machine has not (or PyTorch does not see); cpu is always there")
+    return found
 
 # %% ../nbs/01_device.ipynb #d92c9ab6
 def _computes_bfloat16(kind):

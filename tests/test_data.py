@@ -783,3 +783,52 @@ def test_augmentation_is_fast():
         Augment()(batch, generator())
         times.append(time.perf_counter() - start)
     assert min(times) < 0.05  # about 4 ms on a free core
+
+
+# ---------------------------------------------------------------- tables as spreadsheet programs write them
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding, end", [("utf-8", "\n"), ("utf-8-sig", "\r\n"), ("utf-16", "\r\n"), ("cp1252", "\n")])
+def test_tables_of_any_spreadsheet_program(tmp_path, separator, encoding, end):
+    rows = [("image", "target", "Größe"), *((f"{i:03d}ä.png", str(i % 2), "1,5" if separator == ";" else "2") for i in range(6))]
+    (tmp_path / "labels.csv").write_bytes(end.join([separator.join(row) for row in rows] + [""]).encode(encoding))
+    table = faces_table(tmp_path / "labels.csv", groups=False)
+    assert table.id.tolist() == [row[0] for row in rows[1:]] and table.target.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("ending", ["png", "JPG", "JPEG", "bmp", "tif", "jfif", "gif", "webp"])
+def test_pictures_of_every_usual_format(tmp_path, ending):
+    for group in ("0_0", "0_1", "1_0", "1_1"):
+        (tmp_path / group).mkdir()
+        for i in range(2):
+            kind = {"jpg": "JPEG", "jpeg": "JPEG", "jfif": "JPEG", "tif": "TIFF"}.get(ending.lower(), ending.upper())
+            Image.new("RGB", (8, 8), (40 * i, 90, 200)).save(tmp_path / group / f"{i}.{ending}", format=kind)
+    faces = load_faces(image_groups(tmp_path), size=8)
+    assert len(faces) == 8 and abs(faces.gather(1)[0, 2].float().mean() - 200) < 8
+
+
+def test_what_is_no_picture_is_named(tmp_path):
+    for group in ("0_0", "0_1", "1_0", "1_1"):
+        (tmp_path / group / "more").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / group / "a.png")
+        (tmp_path / group / "a.txt").write_text("a caption")
+    (tmp_path / "1_1" / "raw.heic").write_bytes(b"x")
+    with pytest.warns(DataWarning, match=r"1_1: left out, as their names .* \(1\): raw.heic") as told:
+        assert len(image_groups(tmp_path)) == 4
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("total, bad, fails", [(50, 1, False), (50, 2, True), (9, 1, True), (1, 1, True), (300, 3, False), (300, 4, True)])
+def test_one_bad_file_does_not_spoil_a_small_set(tmp_path, total, bad, fails):
+    for i in range(total):
+        Image.new("RGB", (8, 8), (i % 256, 0, 0)).save(tmp_path / f"{i}.png")
+    for i in range(bad):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    names = [f"{i}.png" for i in range(total)]
+    table = pd.DataFrame({"id": names, "path": [str(tmp_path / name) for name in names], "target": 0})
+    if fails:
+        with pytest.raises(DataError, match=f"{bad} of {total} images cannot be decoded"):
+            load_faces(table, size=8, cache=tmp_path / "cache")
+    else:
+        with pytest.warns(DataWarning, match=f"{bad} of {total}"):
+            assert len(load_faces(table, size=8, cache=tmp_path / "cache")) == total - bad

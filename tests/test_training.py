@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from aimfair.data import Faces, normalize
+from aimfair.device import pick_device
 from aimfair.models import classification_loss, narrow_resnet18
 from aimfair.training import TrainConfig, accuracy, create_model, fit, predict
 
@@ -432,3 +433,20 @@ def test_checkpoints_of_other_masks_are_refused(tmp_path):
     for other in ({"out.weight"}, {"out.weight": ~part["out.weight"]}, None):
         with pytest.raises(ValueError, match="other settings"):
             run(other)
+
+
+@pytest.mark.parametrize("word", ["gpu", "0", 0, "cuda:7", "mps"])
+def test_a_device_that_is_not_there_is_told_in_a_line(monkeypatch, word):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"^device is '{word}', which this machine has not .*cpu is always there$"):
+        pick_device(word)
+    assert pick_device().type == pick_device(" CPU").type == "cpu"
+
+
+def test_the_usual_words_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = {word: str(pick_device(word)) for word in (None, "gpu", "1", 1, "CUDA", "cuda:0")}
+    assert list(found.values()) == ["cuda", "cuda", "cuda:1", "cuda:1", "cuda", "cuda:0"]
+    with pytest.raises(ValueError, match="which this machine has not"):
+        pick_device(2)

@@ -277,9 +277,9 @@ def _file_keys(paths: list[str]) -> list[str]:
 
 
 def _report_bad(bad: dict[str, str], total: int) -> None:
-    "Warn about images that were left out; more than 1 % is an error."
+    "Warn about images that were left out; more than 1 %, or than one image in a small set, is an error."
     names = listed(f"{path} ({reason})" for path, reason in bad.items())
-    if len(bad) > 0.01 * total:
+    if len(bad) > max(0.01 * total, total >= 10):
         raise DataError(f"{len(bad)} of {total} images cannot be decoded, more than 1 %: {names}")
     warnings.warn(f"{len(bad)} of {total} images cannot be decoded and are left out: {names}", DataWarning, stacklevel=3)
 
@@ -292,8 +292,8 @@ def load_faces(
 ) -> Faces:  # in the order of the table; `.dropped` maps the path of each image that was left out to the reason
     """Decode the images of a table, each file once ever.
 
-    Truncated, empty or non-image files are listed in one warning and left out. Raises `DataError` where they are more than 1 %, and
-    `FileNotFoundError` where files are missing."""
+    Truncated, empty or non-image files are listed in one warning and left out. Raises `DataError` where they are more than 1 % (of a
+    small set, more than one), and `FileNotFoundError` where files are missing."""
     paths = [os.fspath(path) for path in table["path"]]
     keys = _file_keys(paths)
     cache = _Cache(cache_folder(cache) / f"faces-v{VERSION}-{size}px", dict(zip(keys, paths, strict=True)))

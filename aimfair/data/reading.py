@@ -6,6 +6,7 @@
 __all__ = ['IMAGE_ENDINGS', 'is_image', 'image_names']
 
 # %% ../../nbs/04_data/01_reading.ipynb #26bbc35d
+import codecs
 import csv
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, DataWarning, unknown
+from ..core import DataError, DataWarning, listed, unknown
 
 # %% ../../nbs/04_data/01_reading.ipynb #76acfeea
 def unknown_name(file, kind: str, word, choices) -> DataError:
@@ -38,13 +39,14 @@ def find_file(root, names) -> Path:
     raise FileNotFoundError(f"{root}: has none of {', '.join(names)}")
 
 # %% ../../nbs/04_data/01_reading.ipynb #b75c3edb
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_ENDINGS = tuple(".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .avif .jp2 .ppm .pgm .tga".split())
+_BESIDE = tuple(".txt .json .jsonl .csv .tsv .md .html .parquet .npy .npz .db .ini .log .lock .partial".split())
 
 
 def is_image(
     path: str | Path,
 ) -> bool:
-    "Whether a name looks like an image's: PNG, JPEG or WebP, and not hidden."
+    "Whether a name looks like an image's, and is not hidden."
     name = Path(path).name
     return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
 
@@ -52,18 +54,38 @@ def is_image(
 def image_names(
     folder: str | Path,
 ) -> list[str]:  # sorted
-    "The names of the images of a folder."
-    return sorted(name for name in os.listdir(folder) if is_image(name))
+    "The names of the images of a folder. Files that are neither images nor what usually lies beside them are named in a warning."
+    names = sorted(os.listdir(folder))
+    others = [n for n in names if not (is_image(n) or n.startswith(".") or n.lower().endswith(_BESIDE))]
+    others = [n for n in others if not os.path.isdir(os.path.join(folder, n))]
+    if others:
+        warn(f"{folder}: left out, as their names do not end as images' do ({len(others)}): {listed(others)}")
+    return [name for name in names if is_image(name)]
 
 # %% ../../nbs/04_data/01_reading.ipynb #dd91f562
+def encoding_of(file) -> str:
+    "UTF-16 where the file begins with its mark, UTF-8 where that can be read, else the Western code page."
+    with open(file, "rb") as f:
+        if f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return "utf-16"
+    try:
+        with open(file, encoding="utf-8-sig") as f:
+            while f.read(2**20):
+                pass
+        return "utf-8-sig"
+    except UnicodeDecodeError:
+        return "cp1252"
+
+# %% ../../nbs/04_data/01_reading.ipynb #5710f27a
 def header(file) -> tuple[list[str], int, str, int | None]:
     "Column names (the image id's first), lines before the data, separator and the announced number of rows."
-    with open(file, encoding="utf-8-sig") as f:
+    with open(file, encoding=encoding_of(file), errors="replace") as f:
         lines = [f.readline().strip() for _ in range(3)]
     if not lines[0]:
         raise DataError(f"{file}: the first line is empty; expected column names or CelebA's count of images")
-    if "," in lines[0]:
-        return [name.strip() for name in next(csv.reader([lines[0]]))], 1, ",", None
+    separator = max(",;\t|", key=lines[0].count)
+    if separator in lines[0]:
+        return [name.strip() for name in next(csv.reader([lines[0]], delimiter=separator))], 1, separator, None
     count = int(lines[0]) if lines[0].isdigit() else None
     if count is None:
         lines.insert(0, "")
@@ -103,7 +125,8 @@ def read_columns(
             raise unknown_name(file, kind, column, names[1:] if kind == "attribute" else names)
     try:
         frame = pd.read_csv(file, sep=separator, skiprows=skip, header=None, names=names, usecols=[id_column, *columns],
-                            dtype={id_column: str}, encoding="utf-8-sig", index_col=False, skipinitialspace=True)
+                            dtype={id_column: str}, encoding=encoding_of(file), encoding_errors="replace", index_col=False,
+                            skipinitialspace=True)
     except (ValueError, UnicodeError) as error:
         raise DataError(f"{file}: cannot be read as a table: {str(error).strip().splitlines()[-1]}") from error
     if count not in (None, len(frame)):

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, listed, write_whole
-from .reading import face_table, find_file, header, image_names, read_columns, read_labels, read_splits, unknown_name
+from .reading import encoding_of, face_table, find_file, header, image_names, read_columns, read_labels, read_splits, unknown_name
 from .reading import warn, with_ids
 
 # %% ../../nbs/04_data/02_tables.ipynb #91e7ab22
@@ -44,12 +44,12 @@ def celeba_attributes(
 def _celeba_split(root, ids: pd.Series) -> np.ndarray:
     "The official partition of these images."
     file = find_file(root, ["list_eval_partition.txt", "list_eval_partition.csv", "Eval/list_eval_partition.txt"])
-    with open(file, encoding="utf-8-sig") as f:
+    with open(file, encoding=encoding_of(file)) as f:
         first = f.readline()
     if "," in first:
         part = read_columns(file, [header(file)[0][1]], kind="column").iloc[:, :2]
     else:
-        part = pd.read_csv(file, sep=r"\s+", header=None, usecols=[0, 1], dtype={0: str}, encoding="utf-8-sig")
+        part = pd.read_csv(file, sep=r"\s+", header=None, usecols=[0, 1], dtype={0: str}, encoding=encoding_of(file))
     part.columns = ["id", "split"]
     if not np.array_equal(part["id"].to_numpy(), ids.to_numpy()):
         missing = ids[~ids.isin(part["id"])]
@@ -193,9 +193,9 @@ def _labelled_folders(root: Path, pattern: str) -> list[str]:
     return sorted(d for d in os.listdir(root) if re.fullmatch(pattern, d) and (root / d).is_dir())
 
 
-def _folders_table(root: Path, folders: list[str]) -> pd.DataFrame:
-    "Face table of images in folders that are named as their labels; names are sorted."
-    found = [(folder, name) for folder in folders for name in image_names(root / folder)]
+def _folders_table(root: Path, names: dict[str, list[str]]) -> pd.DataFrame:
+    "Face table of images, by the folders that are named as their labels."
+    found = [(folder, name) for folder, inside in names.items() for name in inside]
     labels = np.array([[int(label) for label in folder.split("_")] for folder, _ in found], np.int64)
     return face_table([f"{folder}/{name}" for folder, name in found], root, *labels.T, facts={"file": str(root)})
 
@@ -231,10 +231,11 @@ def image_groups(
     groups = _labelled_folders(root, r"\d+_\d+")
     if not groups:
         raise DataError(f"{root}: has neither manifest.parquet, manifest.csv nor folders named T_P such as 1_0")
-    for group in groups:
-        if not image_names(root / group):
-            raise DataError(f"{root / group}: the group is empty; expected .png or .jpg images")
-    return _folders_table(root, groups)
+    names = {group: image_names(root / group) for group in groups}
+    for group, inside in names.items():
+        if not inside:
+            raise DataError(f"{root / group}: the group is empty; expected images such as .png or .jpg")
+    return _folders_table(root, names)
 
 # %% ../../nbs/04_data/02_tables.ipynb #44c751f6
 def _csv_table(file: Path) -> pd.DataFrame:
@@ -249,9 +250,10 @@ def _folder_table(root: Path) -> pd.DataFrame:
     if _manifest(root) or _labelled_folders(root, r"\d+_\d+"):
         return image_groups(root)
     targets = sorted(_labelled_folders(root, r"\d+"), key=int)
-    if not any(image_names(root / target) for target in targets):
+    names = {target: image_names(root / target) for target in targets}
+    if not any(names.values()):
         raise DataError(f"{root}: has neither labels.csv, a manifest, folders named T_P such as 1_0, nor folders of images named 0, 1, ...")
-    return _folders_table(root, targets)
+    return _folders_table(root, names)
 
 
 def faces_table(
