@@ -28,7 +28,7 @@ endif
 
 help:
 	@echo 'make reproduce  set up, then regenerate all tables and figures, one seed (ARGS="--profile celeba64 --only tradeoff")'
-	@echo 'make figures    the same with five seeds, into figures/'
+	@echo 'make figures    the same with five seeds, ten for claims, into figures/ (hours)'
 	@echo 'make test       set up, then run the notebooks and the fast tests (AIMFAIR_SLOW=1: the slow ones too)'
 	@echo 'make lab        set up, then open JupyterLab on the notebooks'
 	@echo 'make export     write the modules and README.md from the notebooks, and clean the notebooks'
@@ -63,8 +63,12 @@ $(STAMP): setup.py settings.ini constraints.txt $(RENEW)
 reproduce: $(STAMP)
 	$(BIN)/aimfair reproduce $(ARGS)
 
+# claims, and the choice of k, are looked at over ten
 figures: $(STAMP)
 	$(BIN)/aimfair reproduce --seeds 5 --out figures $(ARGS)
+ifeq "$(findstring --only,$(ARGS))" ""
+	$(BIN)/aimfair reproduce --seeds 10 --out figures --only finetuning_strategies --only ablation_top_k $(ARGS)
+endif
 
 # a notebook that fails does not keep the tests from running
 test: $(STAMP)

@@ -832,3 +832,13 @@ def test_one_bad_file_does_not_spoil_a_small_set(tmp_path, total, bad, fails):
     else:
         with pytest.warns(DataWarning, match=f"{bad} of {total}"):
             assert len(load_faces(table, size=8, cache=tmp_path / "cache")) == total - bad
+
+
+@pytest.mark.parametrize("kind, scale, ending", [
+    (np.uint16, 257, "png"), (np.uint16, 257, "tif"), (np.int32, 1, "tif"), (np.int32, 257, "tif"), (np.float32, 1, "tif"),
+    (np.float32, 1 / 255, "tif"), (np.float32, 257, "tif")])
+def test_deep_pixels_keep_their_picture(tmp_path, kind, scale, ending):
+    ramp = np.tile(np.arange(0, 256, 8), (32, 1))
+    Image.fromarray((ramp * scale).astype(kind)).save(tmp_path / f"deep.{ending}")
+    faces = load_faces(pd.DataFrame({"id": ["deep"], "path": [str(tmp_path / f"deep.{ending}")], "target": [0]}), size=32)
+    assert np.abs(faces.gather(0)[0].numpy().astype(int) - ramp).max() <= 8  # the last of the ramp is 248: the white of floats lies above

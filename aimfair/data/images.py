@@ -38,10 +38,15 @@ def _upright(image):
 
 
 def _rgb(image):
-    "Any Pillow image as RGB: 16-bit is scaled to 8, transparency is laid over white."
+    """Any Pillow image as RGB: transparency is laid over white, deeper pixels are scaled to 8 bits.
+
+    The white of 32-bit and float pixels is not written down: it is the lowest of 1 (floats), 255 and 65535 that none of them exceeds."""
     from PIL import Image
-    if image.mode.startswith("I"):
-        image = Image.fromarray(np.clip(np.asarray(image, np.float64) / 257 + 0.5, 0, 255).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        pixels = np.nan_to_num(np.asarray(image, np.float64))
+        usual = (65535,) if ";16" in image.mode else (1, 255, 65535) if image.mode == "F" else (255, 65535)
+        white = next((w for w in usual if pixels.max(initial=0) <= w), pixels.max(initial=1))
+        image = Image.fromarray(np.clip(pixels * (255 / white) + 0.5, 0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
