@@ -7,6 +7,7 @@ import torch
 
 from aimfair.data import Faces, biased_split, group_counts, load_faces, utkface
 from aimfair.metrics import fairness_report
+from aimfair.repro import make_plan
 from aimfair.sensitivity import mean_gradients
 from aimfair.training import TrainConfig, create_model, fit, predict
 
@@ -46,3 +47,11 @@ def test_utkface_trains_and_evaluates(real_data, imagenet_weights, tmp_path):
     assert low < report.accuracy < high and high - low < 0.15
     assert set(mean_gradients(fitted.model, [(torch.zeros(4, 3, 64, 64), torch.tensor([0, 1, 0, 1]))], device="cpu")) == {
         n for n, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name, settings", [
+    ("celeba64", {"data.root": "celeba-10k", "synthetic.root": "celeba-6k"}), ("utkface64", {"data.root": "utkface-dev"})])
+def test_profiles_of_real_faces_have_the_images_they_ask_for(real_data, tmp_path, name, settings):
+    plan, left_out = make_plan(name, settings={k: str(real_data / v) for k, v in settings.items()}, store=tmp_path)
+    assert not plan.impossible and len(plan.cases) == 10 and plan.missing
+    assert plan.profile.run.tune and plan.profile.budget.steps and plan.profile.synthetic.held_out
