@@ -72,7 +72,8 @@ def copy_model(
     model: nn.Module,  # left as it is
 ) -> nn.Module:
     "A deep copy; what a forward pass left on the modules is copied without its graph. Raises `ValueError` where no copy can be made."
-    check_model(model)
+    if not isinstance(model, nn.Module):
+        check_model(model)
     left = {id(t): t.detach().clone() for module in model.modules() for t in _computed(list(vars(module).values()))}
     try:
         return copy.deepcopy(model, left)
