@@ -58,14 +58,14 @@ def check_model(
         raise ValueError(f"{type(model).__name__} holds no parameters, so there is nothing to train")
 
 
-def _computed(value):
+def _computed(value, depth=5):
     "Tensors that a computation left in an attribute, in lists, tuples and dictionaries, too."
     if isinstance(value, torch.Tensor):
         if value.grad_fn is not None:
             yield value
-    elif isinstance(value, dict | list | tuple):
+    elif depth and isinstance(value, dict | list | tuple):  # some of which hold themselves
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _computed(part)
+            yield from _computed(part, depth - 1)
 
 
 def copy_model(

@@ -40,7 +40,7 @@ def find_file(root, names) -> Path:
 
 # %% ../../nbs/04_data/01_reading.ipynb #b75c3edb
 IMAGE_ENDINGS = tuple(".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .avif .jp2 .ppm .pgm .tga".split())
-_BESIDE = tuple(".txt .json .jsonl .csv .tsv .md .html .parquet .npy .npz .db .ini .log .lock .partial".split())
+_BESIDE = tuple(".txt .json .jsonl .yaml .yml .toml .xml .csv .tsv .md .html .parquet .npy .npz .db .ini .log .lock .partial".split())
 
 
 def is_image(
