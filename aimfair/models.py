@@ -115,7 +115,7 @@ def _checkpoint(path):
         if not hasattr(serialization, "get_unsafe_globals_in_checkpoint"):  # PyTorch before 2.6
             raise
         unknown = serialization.get_unsafe_globals_in_checkpoint(path)
-        with serialization.safe_globals([(type("Inert", (_Inert,), {}), name) for name in unknown]):
+        with serialization.safe_globals([(_Inert, name) for name in unknown]):
             return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -77,9 +77,9 @@ def encoding_of(file) -> str:
         return "cp1252"
 
 # %% ../../nbs/04_data/01_reading.ipynb #5710f27a
-def header(file) -> tuple[list[str], int, str, int | None]:
+def header(file, encoding: str | None = None) -> tuple[list[str], int, str, int | None]:
     "Column names (the image id's first), lines before the data, separator and the announced number of rows."
-    with open(file, encoding=encoding_of(file), errors="replace") as f:
+    with open(file, encoding=encoding or encoding_of(file), errors="replace") as f:
         lines = [f.readline().strip() for _ in range(3)]
     if not lines[0]:
         raise DataError(f"{file}: the first line is empty; expected column names or CelebA's count of images")
@@ -118,14 +118,15 @@ def read_columns(
     kind: str = "attribute",  # what the columns are called in an error
 ) -> pd.DataFrame:  # `id` and the columns, in file order
     "Read some columns of an annotation file. Raises `DataError`."
-    names, skip, separator, count = header(file)
+    encoding = encoding_of(file)
+    names, skip, separator, count = header(file, encoding)
     id_column = id_column or names[0]
     for column in (id_column, *columns):
         if column not in names:
             raise unknown_name(file, kind, column, names[1:] if kind == "attribute" else names)
     try:
         frame = pd.read_csv(file, sep=separator, skiprows=skip, header=None, names=names, usecols=[id_column, *columns],
-                            dtype={id_column: str}, encoding=encoding_of(file), encoding_errors="replace", index_col=False,
+                            dtype={id_column: str}, encoding=encoding, encoding_errors="replace", index_col=False,
                             skipinitialspace=True)
     except (ValueError, UnicodeError) as error:
         raise DataError(f"{file}: cannot be read as a table: {str(error).strip().splitlines()[-1]}") from error

@@ -44,12 +44,13 @@ def celeba_attributes(
 def _celeba_split(root, ids: pd.Series) -> np.ndarray:
     "The official partition of these images."
     file = find_file(root, ["list_eval_partition.txt", "list_eval_partition.csv", "Eval/list_eval_partition.txt"])
-    with open(file, encoding=encoding_of(file)) as f:
+    encoding = encoding_of(file)
+    with open(file, encoding=encoding) as f:
         first = f.readline()
     if "," in first:
         part = read_columns(file, [header(file)[0][1]], kind="column").iloc[:, :2]
     else:
-        part = pd.read_csv(file, sep=r"\s+", header=None, usecols=[0, 1], dtype={0: str}, encoding=encoding_of(file))
+        part = pd.read_csv(file, sep=r"\s+", header=None, usecols=[0, 1], dtype={0: str}, encoding=encoding)
     part.columns = ["id", "split"]
     if not np.array_equal(part["id"].to_numpy(), ids.to_numpy()):
         missing = ids[~ids.isin(part["id"])]
