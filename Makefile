@@ -19,7 +19,7 @@ PATHS := PATH="$$(cd $(BIN) && pwd):$$PATH"
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce figures test lab lint export readme dist clean distclean FORCE
+.PHONY: help setup reproduce figures bench test lab lint export readme dist clean distclean FORCE
 
 # a checkout that was moved, or whose Python is gone, needs a new environment: its scripts hold absolute paths
 ifneq "$(shell $(BIN)/python -c '' 2>/dev/null && cat $(STAMP) 2>/dev/null)" "$(CURDIR)"
@@ -30,6 +30,7 @@ help:
 	@echo 'make reproduce  set up, then regenerate all tables and figures, one seed (ARGS="--profile celeba64 --only tradeoff")'
 	@echo 'make figures    the same with five seeds, ten for claims, into figures/ (hours)'
 	@echo 'make test       set up, then run the notebooks and the fast tests (AIMFAIR_SLOW=1: the slow ones too)'
+	@echo 'make bench      time every stage on one core, and say what became slower'
 	@echo 'make lab        set up, then open JupyterLab on the notebooks'
 	@echo 'make export     write the modules and README.md from the notebooks, and clean the notebooks'
 	@echo 'make lint       check the style of modules and tests'
@@ -63,12 +64,17 @@ $(STAMP): setup.py settings.ini constraints.txt $(RENEW)
 reproduce: $(STAMP)
 	$(BIN)/aimfair reproduce $(ARGS)
 
-# claims, and the choice of k, are looked at over ten
+# settings are chosen anew, and selection is looked at in more places; claims, and the choice of k, over ten seeds
+THOROUGH := --out figures --set run.tune=true --set 'selection.gaps=[0.5,1,2,3]' --set selection.sizes=none
 figures: $(STAMP)
-	$(BIN)/aimfair reproduce --seeds 5 --out figures $(ARGS)
+	$(BIN)/aimfair reproduce --seeds 5 $(THOROUGH) $(ARGS)
 ifeq "$(findstring --only,$(ARGS))" ""
-	$(BIN)/aimfair reproduce --seeds 10 --out figures --only finetuning_strategies --only ablation_top_k $(ARGS)
+	$(BIN)/aimfair reproduce --seeds 10 --only finetuning_strategies --only ablation_top_k $(THOROUGH) $(ARGS)
 endif
+
+# one core each, compared with the last record in figures/
+bench: $(STAMP)
+	@$(ONE_THREAD) $(BIN)/python -m aimfair.bench figures/bench.json
 
 # a notebook that fails does not keep the tests from running
 test: $(STAMP)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DataError', 'DataWarning', 'one_line', 'listed', 'did_you_mean', 'unknown', 'SettingsError', 'Settings',
            'read_settings', 'parse_ratio', 'whole_file', 'write_whole', 'put_in_place', 'whole_folder', 'read_lines',
-           'append_lines', 'digest', 'file_digest', 'asset', 'cores', 'in_words', 'quiet_libraries', 'shown_figure']
+           'append_lines', 'digest', 'file_digest', 'asset', 'cores', 'in_words', 'quiet_libraries', 'progress_bar',
+           'shown_figure']
 
 # %% ../nbs/00_core.ipynb #cde4601d
 import difflib
@@ -14,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator
@@ -319,6 +321,29 @@ def _switch_bars(library, on):
     with warnings.catch_warnings():  # where an environment variable decides, the hub warns that it cannot
         warnings.simplefilter("ignore")
         (library.enable_progress_bar if on else library.disable_progress_bar)()
+
+# %% ../nbs/00_core.ipynb #78d5068a
+class _Lines:
+    "A text file whose carriage returns end lines."
+    def __init__(self, file): self.file = file
+    def flush(self): self.file.flush()
+
+    def write(self, text):
+        if text := text.strip():
+            self.file.write(text + "\n")
+
+
+def progress_bar(
+    items: Iterable | None = None,
+    **options,  # tqdm's own: total, desc, unit, initial, disable, ...
+):  # a tqdm bar
+    "tqdm's bar, a widget in JupyterLab; plain lines on standard error where that is no terminal."
+    if "ipykernel" in sys.modules or sys.stderr.isatty():
+        from tqdm.auto import tqdm
+        return tqdm(items, **options)
+    from tqdm import tqdm
+    width = {} if "bar_format" in options else {"ncols": 0}  # no bar, only numbers
+    return tqdm(items, **{"file": _Lines(sys.stderr), "mininterval": 60, "maxinterval": 60, "delay": 5, **width, **options})
 
 # %% ../nbs/00_core.ipynb #3b2795ab
 def shown_figure(**options):  # a matplotlib Figure; `options` are its own

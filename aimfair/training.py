@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 from torch import nn
 from torch.nn import functional as F
 
-from .core import Settings, digest, or_none, shown_figure, whole_file
+from .core import Settings, digest, or_none, progress_bar, shown_figure, whole_file
 from .data import Augment, Faces, batches, chosen_batches, normalize
 from .device import autocast, evaluating, pick_device, seeded, stream_seed
 from .models import classification_loss, create_model, head_of, logits_of, predicted_labels, settle_format
@@ -394,9 +394,8 @@ def _optimizer(config, parameters):
 
 def _epochs(run, done, val, criteria, progress, save):
     "Train what is left of a run; `save` is called after every epoch."
-    from tqdm.auto import tqdm
     start, config = len(done.history), run.config
-    bar = tqdm(range(start, config.epochs), initial=start, total=config.epochs, desc="epochs", disable=not progress)
+    bar = progress_bar(range(start, config.epochs), initial=start, total=config.epochs, desc="epochs", disable=not progress)
     for epoch in bar:
         loss, acc = _train_epoch(run, epoch)
         figures = judge(run.model, val, criteria, device=run.device, precision=config.precision)

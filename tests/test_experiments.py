@@ -390,7 +390,7 @@ class TestJobs:
     "Plain values that can be sent anywhere."
 
     def test_every_job_of_a_plan_survives_pickling_with_its_artifact(self, tmp_path):
-        plan, _ = make_plan("toy", seeds=1, store=tmp_path)
+        plan, _ = make_plan("toy", seeds=1, settings={"run.tune": True}, store=tmp_path)
         for h, job in plan.jobs.items():
             other = pickle.loads(pickle.dumps(job))
             assert other == job and other.artifact.hash == h and hash(other) == hash(job)
@@ -425,7 +425,8 @@ class TestPlan:
     "What is planned before anything is made."
 
     def test_counts_by_hand(self, tmp_path):
-        plan, left_out = make_plan("toy", seeds=1, settings={"run.tune": False, "selection.gaps": "[1]"}, store=tmp_path)
+        plan, left_out = make_plan("toy", seeds=1, settings={"run.tune": False, "selection.gaps": "[1]", "selection.sizes": None},
+                                  store=tmp_path)
         assert not left_out and len(plan.cases) == 13 and list(tmp_path.iterdir()) == []
         # comparison: 13 rows and the start of AIM-Fair, the paper's 8 and a start x 2; less data: 9 x 3 more; UTKFace 9; strategies 5
         # more; partial 15; styles 6 (per_group 500 at all three); k 5 more; bias 3 more; ratio 2 more (1 : 4 is 250 a group, 1 : 2 500);
@@ -435,7 +436,7 @@ class TestPlan:
         assert n_rows(plan) == 8 + (13 + 8 * 2) + 8 * 4 + 8 + 18 + 7 + 10 + 5 + 4 + 2 + 18 + 9 * 3
 
     def test_a_search_adds_its_candidates_once(self, tmp_path):
-        once, other = ({"selection.gaps": "[1]", "run.tune": tune} for tune in (True, False))
+        once, other = ({"run.tune": tune} for tune in (True, False))
         tuned, plain = (make_plan("toy", ["tradeoff"], seeds=1, settings=s, store=tmp_path)[0] for s in (once, other))
         tuned_twice = make_plan("toy", ["tradeoff"], seeds=2, settings=once, store=tmp_path)[0]
         tunes = [job for job in tuned.jobs.values() if type(job).__name__ == "Tune"]

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from torch.nn import functional as F
 
 from .register import MethodSettings, baseline
-from ..core import Settings
+from ..core import Settings, progress_bar
 from ..data import Faces
 from ..groups import group_name
 from ..models import copy_model
@@ -114,20 +114,18 @@ def edit_protected(
     negative_prompt: str | None = None,
     steps: int = EditSettings().denoising_steps,  # of a denoising from pure noise; an edit takes the share `strength` of them
     size: int | None = None,  # pixels at which the pipeline works; None: those it was made for
-    seed: int = 0,
-    batch_size: int = 16,  # changes the speed only
+    seed: int = 0, batch_size: int = 16,  # its size changes the speed only
     progress: bool = True,
 ) -> Faces:  # N edits a protected class: target as before, protected the class in the prompt
     """Edit the protected attribute of real faces image to image, keeping the target (after Zhang et al., "Distributionally Generative
     Augmentation for Fair Facial Attribute Classification", CVPR 2024). Raises `ValueError` for a strength or a group without prompt."""
     plan = edit_plan(faces, prompts, protected=protected, strength=strength, steps=steps, seed=seed)
     from diffusers import AutoPipelineForImage2Image
-    from tqdm.auto import tqdm
     editor = AutoPipelineForImage2Image.from_pipe(pipeline)  # another pipeline around the same networks
     editor.set_progress_bar_config(disable=True)
     side = size or editor.unet.config.sample_size * editor.vae_scale_factor
     images = np.empty((len(plan), 3, *faces.size), np.uint8)
-    with torch.inference_mode(), tqdm(total=len(plan), desc="editing", disable=not progress) as bar:
+    with torch.inference_mode(), progress_bar(total=len(plan), desc="editing", disable=not progress) as bar:
         for _, same in plan.groupby("steps"):
             for start in range(0, len(same), batch_size):
                 rows = same.iloc[start:start + batch_size]

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .register import MethodSettings, baseline, split_steps
+from ..core import progress_bar
 from ..data import Faces
 from ..device import stream_seed
 from ..models import copy_model, head_of, logits_of, predicted_labels, sample_losses
@@ -326,13 +327,12 @@ def maple_scores(
     **settings,  # fields of `MAPLESettings`
 ) -> np.ndarray:  # N probabilities of being trained on
     "The outer loop of MAPLE: which training samples make ERM robust on the validation groups (Zhou et al., ICML 2022)."
-    from tqdm.auto import tqdm
     s, inner = MAPLESettings(**settings), copy_model(model)
     train, val = train.without_groups(), val.without_groups()
     val.protected = np.asarray(groups, np.int64)  # those that were handed in, not the annotated ones
     scores = torch.full((len(train),), s.size, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([scores], lr=s.outer_lr)
-    for step, of_step in enumerate(tqdm(_inner_configs(config, s), desc="reweighting", disable=not progress)):
+    for step, of_step in enumerate(progress_bar(_inner_configs(config, s), desc="reweighting", disable=not progress)):
         chosen = train.select(_subset(scores.detach().numpy(), stream_seed(seed, step)))
         inner = fit(inner, chosen, None, config=of_step, seed=stream_seed(seed, step), device=device, progress=False).model
         scores.grad = torch.from_numpy(_outer_gradient(inner, train, val, s.temperature, device))

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import DataError, DataWarning, cores, listed, one_line, whole_folder
+from ..core import DataError, DataWarning, cores, listed, one_line, progress_bar, whole_folder
 
 # %% auto #0
 __all__ = ['cache_folder', 'Faces', 'load_faces']
@@ -158,9 +158,8 @@ def _fill(cache: _Cache, size: int, progress: bool) -> dict[str, str]:
 
 def _decode_missing(cache: _Cache, keys: list[str], size: int, progress: bool) -> dict[str, str]:
     "Decode shard by shard, on a pool of threads: Pillow works outside Python's lock."
-    from tqdm import tqdm
     step, bad = max(1, min(8192, SHARD_BYTES // (3 * size * size))), {}
-    with ThreadPoolExecutor(min(16, cores())) as pool, tqdm(total=len(keys), disable=not progress, desc="decoding") as bar:
+    with ThreadPoolExecutor(min(16, cores())) as pool, progress_bar(total=len(keys), disable=not progress, desc="decoding") as bar:
         for start in range(0, len(keys), step):
             part, good = keys[start:start + step], {}
             for key, got in zip(part, pool.map(lambda key: _try_decode(cache.wanted[key], size), part), strict=True):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ..core import DataError, append_lines, digest, read_lines
+from ..core import DataError, append_lines, digest, progress_bar, read_lines
 from .backends import Backend
 from .checks import Repeats, check_context, check_prompt, fitting_groups
 from .grammar import compose
@@ -206,9 +206,8 @@ def _bar(total, wanted) -> Iterator[Callable]:
     if not wanted:
         yield lambda part: None
         return
-    from tqdm.auto import tqdm
 
-    with tqdm(total=total, unit=" prompts", desc="prompts") as bar:
+    with progress_bar(total=total, unit=" prompts", desc="prompts") as bar:
         done = Counter()
 
         def shown(part):

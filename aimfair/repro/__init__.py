@@ -18,3 +18,4 @@ from .plan import *
 from .doctor import *
 from .results import *
 from .notebooks import *
+from .progress import *

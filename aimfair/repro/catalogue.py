@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'STRATEGIES', 'COMPARISON', 'PUBLISHED', 'PARTIAL', 'ATTRI
 
 # %% ../../nbs/17_repro/06_catalogue.ipynb #e615df2b
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -177,20 +177,38 @@ class Main:
     "Where settings are chosen."
     protocol: Protocol  # the profile's
     seed: int  # the first
+    choices: Mapping[str, int] = field(default_factory=dict)  # settled ones, see `Profile.choices`
+
+    def grid(self, name: str) -> list[dict[str, Any]]:  # settings over the protocol
+        "A method's candidates, as far as the profile has them; none where there is nothing to choose."
+        run, method = self.protocol.run, find_method(name)
+        return method.grid(self.protocol)[:run.candidates] if run.tune and not method.lacks(self.protocol) else []
+
+    def settled(self, name: str) -> int | None:
+        "Which candidate was chosen; None where that is not settled. Raises `ValueError` for one that there is not."
+        grid = self.grid(name)
+        if not grid or self.protocol.run.tune != "settled":
+            return None
+        number = self.choices.get(name, 0)
+        if not 0 <= number < len(grid):
+            raise ValueError(f"setting choices: candidate {number} of {name}, which has {len(grid)}, counted from 0")
+        return number
 
     def tune(self, name: str, rule: str) -> Tune | None:
         "The job that chooses a method's settings; None where there is nothing to choose, or no choosing."
-        run, method = self.protocol.run, find_method(name)
-        grid = method.grid(self.protocol)[:run.candidates] if run.tune and not method.lacks(self.protocol) else []
-        if not grid:
+        grid = self.grid(name)
+        if not grid or self.protocol.run.tune == "settled":
             return None
-        template = method.model(self.protocol, self.seed)
+        template = find_method(name).model(self.protocol, self.seed)
         jobs = (replace(template, changes=changes_of(candidate | dict(template.changes))) for candidate in grid)
         return Tune(self.protocol, name, tuple(jobs), rule)
 
     def chosen(self, template: Job, name: str, rule: str = "natural") -> Job:
         "The job that makes a method's model, with the settings that a rule chooses."
-        tune = self.tune(find_method(name).tuned_as, rule)
+        name = find_method(name).tuned_as
+        tune, number = self.tune(name, rule), self.settled(name)
+        if number is not None:  # what the model itself changes has precedence
+            return replace(template, changes=changes_of(self.grid(name)[number] | dict(template.changes)))
         if tune is None:
             return template
         return replace(template, tune=tune) if isinstance(template, ChooseK) else Tuned(template.protocol, template, tune)
@@ -232,8 +250,8 @@ def rows(
 def by_other_rules(
     profile: Profile, methods: Iterable[str], variant: str = "",
 ) -> list[Case]:
-    "The rows of a table once more, by each of the other rules; none where the profile does not tune."
-    return [case for rule in RULES if rule != "natural" and profile.run.tune for case in rows(methods, variant, rule=rule)]
+    "The rows of a table once more, by each of the other rules; none where nothing is chosen anew."
+    return [case for rule in RULES if rule != "natural" and profile.run.tune is True for case in rows(methods, variant, rule=rule)]
 
 
 @dataclass(frozen=True)
@@ -333,6 +351,7 @@ def _synthetic_ratio(p):
 # %% ../../nbs/17_repro/06_catalogue.ipynb #45d72fd9
 EXPERIMENTS = {
     "finetuning_strategies": Experiment("Fine-tuning strategies", _strategies),
+    "tradeoff": Experiment("Accuracy against fairness", lambda p: rows(dict.fromkeys((*COMPARISON, *STRATEGIES)))),
     "celeba_comparison": Experiment("Comparison on CelebA", _celeba_comparison, _no_celeba),
     "celeba_training_size": Experiment("Comparison with less training data", _training_size),
     "utkface_comparison": Experiment("Comparison on UTKFace", _utkface_comparison, _no_utkface),
@@ -343,7 +362,6 @@ EXPERIMENTS = {
     "ablation_bias_ratio": Experiment("Effect of the bias of D_S1", _bias_ratio),
     "ablation_synthetic_ratio": Experiment("Effect of the amount of synthetic images", _synthetic_ratio),
     "layer_sensitivity": Experiment("Sensitivity of the layers", lambda p: rows(["ERM", "AIM-Fair"])),
-    "tradeoff": Experiment("Accuracy against fairness", lambda p: rows(dict.fromkeys((*COMPARISON, *STRATEGIES)))),
     "synthetic_gallery": Experiment("Synthetic images", _gallery, _no_styles),
 }
 

@@ -139,7 +139,8 @@ class Tuned(ProtocolJob):
 class ChooseK(ProtocolJob):
     "The model of the k that `pick_candidate` takes, by held-out synthetic and real validation images, and the table it was chosen from."
     seed: int
-    tune: Tune | None = None  # of the other settings; None: as the protocol has them
+    tune: Tune | None = None  # of the other settings; None: they are the protocol's, and `changes`
+    changes: Changes = ()
     stage = "choice"
     version = 2
     sets = ("val", "held out")
@@ -147,7 +148,8 @@ class ChooseK(ProtocolJob):
     @property
     def candidates(self) -> dict[int, ModelJob | Tuned]:
         "By k; 0 is the biased model."
-        by_k = {k: FineTune(self.protocol.with_mask(k=k, ks=None), "selective", self.seed, "absolute") for k in default_ks(self.protocol)}
+        protocols = {k: self.protocol.with_mask(k=k, ks=None) for k in default_ks(self.protocol)}
+        by_k = {k: FineTune(p, "selective", self.seed, "absolute", self.changes) for k, p in protocols.items()}
         tuned = by_k if self.tune is None else {k: Tuned(job.protocol, job, self.tune) for k, job in by_k.items()}
         return {0: Train(self.protocol, "real", self.seed), **tuned}
 

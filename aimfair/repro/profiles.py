@@ -105,7 +105,9 @@ class RunSettings(Settings):
     threads: int = Field(1, ge=1, description="CPU threads of one training; another number may change the last digits")
     freeze_batchnorm: bool = Field(False, description="keep running statistics during fine-tuning")
     resample: bool = Field(False, description="each seed draws its training images at random; false: the first in file order, as published")
-    tune: bool = Field(False, description="choose the settings of each method from its candidates, by one rule; false: as they are")
+    tune: bool | Literal["settled"] = Field(
+        False, description="choose the settings of each method from its candidates, by one rule; settled: take what the profile notes was "
+                           "chosen so; false: as they are")
     candidates: int | None = Field(None, ge=1, description="candidates of a method at most; none: all that it has")
 
     _none = field_validator("candidates", mode="before")(or_none)
@@ -150,6 +152,8 @@ class Profile(Protocol):
     selection: SelectionSettings = SelectionSettings()
     variants: dict[str, dict[str, Any]] = Field({}, description="settings over the profile where an experiment leaves it, by name: "
                                                                 "another pair of attributes, a style of prompts, UTKFace")
+    choices: dict[str, int] = Field({}, description="for run.tune = settled: by method, the number of the candidate that was chosen; 0, "
+                                                    "the settings as they are, for all others")
 
     @property
     def protocol(self) -> Protocol:
@@ -164,7 +168,7 @@ def settings_of(
     "Every setting of a profile by its dotted name."
     out: dict[str, Any] = {}
     for name in type(profile).model_fields:
-        if name != "variants":
+        if name not in ("variants", "choices"):
             value = getattr(profile, name)
             out |= settings_of(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {prefix + name: value}
     return out

@@ -117,11 +117,13 @@ def run_jobs(
     root: Path,  # of the store
     executor: Executor,
     advance: Callable[[str], None] = lambda hash: None,  # called when a job is done or has failed
+    waves: Mapping[str, int] | None = None,  # of jobs: those of an earlier wave go first; None: all are of one
 ) -> dict[str, Exception]:  # {hash: what went wrong}, of those that failed or wait for one that did
-    "Run jobs as their needs are met, the most urgent first. When it is interrupted, running jobs are ended; their unfinished work stays."
+    "Run jobs as their needs are met, the most urgent of the earliest wave first. Interrupted, it ends those that run; their work stays."
     order = TopologicalSorter({h: [n.artifact.hash for n in job.needs if n.artifact.hash in jobs] for h, job in jobs.items()})
     order.prepare()
-    first, ready, running, failed = urgency(jobs, seconds), [], {}, {}
+    urgent, ready, running, failed = urgency(jobs, seconds), [], {}, {}
+    first = {h: (-(waves or {}).get(h, 0), urgent[h]) for h in jobs}
     try:
         while order.is_active():
             ready = sorted([*ready, *order.get_ready()], key=first.__getitem__, reverse=True)

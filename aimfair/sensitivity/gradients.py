@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..core import progress_bar
 from ..data import Augment, Faces, batches
 from ..device import pick_device, seeded
 from ..groups import Group, group_indices
@@ -76,11 +77,10 @@ def gradient_pass(
     name: str = "",  # of the set, on the bar
 ) -> Gradients:
     "Mean gradient over augmented, shuffled passes in training mode; last partial batches are dropped (paper: SMG)."
-    from tqdm.auto import tqdm
     device, size, generator = pick_device(device), min(batch_size, len(faces)), torch.Generator().manual_seed(seed)
     how = dict(shuffle=True, drop_last=True, augment=augment, generator=generator, device=device)
     several = (batch for _ in range(passes) for batch in batches(faces, size, **how))
-    bar = tqdm(several, total=passes * (len(faces) // max(size, 1)), desc=f"gradients, {name}", disable=not progress)
+    bar = progress_bar(several, total=passes * (len(faces) // max(size, 1)), desc=f"gradients, {name}", disable=not progress)
     return mean_gradients(model, bar, seed=seed, device=device)
 
 # %% ../../nbs/11_sensitivity/01_gradients.ipynb #1288ba02

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..core import progress_bar
 from ..groups import group_name
 from .featurespace import as_table, open_image
 from .filters import NearDuplicate, check_filters, judge, rejection_report
@@ -158,13 +159,12 @@ def _remember_kept(folder: Journal, slots: Slots, records: list[dict], filters):
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #4589fd78
 def _fill(folder: Journal, slots: Slots, batches: _Batches, resize, filters, max_attempts, progress) -> set[str]:
     "Make what is missing; the groups that used up their budget. Whatever ends it leaves a manifest of what is there."
-    from tqdm import tqdm
     records = folder.read(slots.prompts.groups)
     queue, short = slots.pending(records), set()
     budget = _budgets(slots, records, max_attempts)
     _remember_kept(folder, slots, records, filters)
     try:
-        with tqdm(total=len(queue), disable=not progress, desc="images", unit=" images") as bar:
+        with progress_bar(total=len(queue), disable=not progress, desc="images", unit=" images") as bar:
             while part := _take(queue, budget, batches.size, short):
                 jobs, images = batches([slots.job(g, i, a) for a, i, g in part])
                 done = _settle(jobs, images, resize, filters)

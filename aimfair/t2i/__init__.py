@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/07_t2i/00_t2i.ipynb #5725fb9e
-from . import autoencoder, captions, denoiser, folders, pipelines, recipe, training
+from . import autoencoder, captions, denoiser, distillation, folders, pipelines, recipe, training
 from .captions import *
 from .folders import *
 from .recipe import *

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ..core import Settings, digest, whole_file
+from ..core import Settings, digest, progress_bar, whole_file
 from ..device import stream_seed
 
 # %% ../../nbs/07_t2i/03_recipe.ipynb #5fa02333
@@ -46,11 +46,15 @@ class T2IConfig(Settings):
     sheet_every: int = Field(1000, ge=1, description="steps between sample sheets")
     sampling_steps: int = Field(6, ge=1, description="steps recommended for sampling, stored with the pipeline")
     guidance_scale: float = Field(2.0, ge=1, description="guidance recommended for sampling, stored with the pipeline")
+    distillation_steps: int = Field(0, ge=0, description="steps of a student that draws in one step without guidance; 0: no student")
+    distillation_lessons: int = Field(40_960, ge=1, description="latents that the teacher draws for the student")
+    distillation_from: int = Field(3, ge=1, description="sampling steps of the teacher")
+    distillation_lr: float = Field(3e-4, gt=0)
 
 # %% ../../nbs/07_t2i/03_recipe.ipynb #97c10767
 def step_generator(
     seed: int,  # of the run
-    phase: int,  # 1 is the decoder's training, 2 the denoiser's
+    phase: int,  # 1 is the decoder's training, 2 the denoiser's, 3 the lessons of a student, 4 its training
     step: int,
 ) -> torch.Generator:
     "The randomness of one step."
@@ -142,10 +146,9 @@ def minimise(
     name: str, progress: bool,  # of the bar
 ):
     "Minimise a loss step by step. Goes on from the checkpoint if there is one of this run."
-    from tqdm.auto import tqdm
     learner, shown = Learner(models, ema), None
     start = restore_checkpoint(learner, checkpoint, identity)
-    with tqdm(total=steps, initial=start, desc=name, unit=" steps", disable=not progress) as bar:
+    with progress_bar(total=steps, initial=start, desc=name, unit=" steps", disable=not progress) as bar:
         for step in range(start, steps):
             loss = loss_of(step)
             learner.learn(step, loss, learning_rate(step, steps, lr, warmup))
@@ -169,8 +172,8 @@ def run_identity(
     *, decoder: bool = False,  # of the decoder's training alone, which fewer settings touch
 ) -> str:
     "What makes two runs the same run."
-    passing = ("checkpoint_every", "sheet_every", "sampling_steps", "guidance_scale")
-    fields = {k: v for k, v in config.model_dump().items() if k not in passing}
+    passing = ("checkpoint_every", "sheet_every", "sampling_steps", "guidance_scale")  # and what only a student has to do with
+    fields = {k: v for k, v in config.model_dump().items() if k not in passing and not k.startswith("distillation")}
     if decoder:
         fields = {k: v for k, v in fields.items() if k.startswith(("decoder", "latent", "size"))}
     some = np.ascontiguousarray(images[:: max(1, len(images) // 64)])
