@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from faults import interrupt_at, kill_when
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aimfair.experiments import EXPERIMENTS, METHODS, STRATEGIES, from_notebook, make_plan, reproduce, results, run
 from aimfair.groups import group_sizes
@@ -24,6 +27,7 @@ from aimfair.repro import (
     Artifact,
     Edit,
     FineTune,
+    Forecast,
     Images,
     ImageSets,
     InProcess,
@@ -682,6 +686,61 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
     if shutil.which("pgrep"):
         time.sleep(1)
         assert subprocess.run(["pgrep", "-f", str(tmp_path / "runs")], capture_output=True).returncode == 1
+
+
+@pytest.mark.slow
+def test_results_come_one_by_one_and_survive_an_interruption(tmp_path):
+    "The first table is there while other models are still to be trained; after an interruption it stays, and so does a report of it."
+    command = [sys.executable, "-m", "aimfair.cli", "reproduce", "--profile", Path(__file__).with_name("tiny.toml"),
+               "--store", tmp_path / "runs", "--out", tmp_path / "out"]
+    for name in ("finetuning_strategies", "tradeoff", "celeba_comparison"):
+        command += ["--only", name]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 300
+    while not (tmp_path / "out" / "report.html").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and "\r" not in told
+    assert re.search(r"(s|min)  finetuning_strategies: .*finetuning_strategies.md, .*finetuning_strategies.png", told), told
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Fine-tuning strategies" in page and "1 of 3; the others were not finished" in page
+    there = {p.name: p.stat().st_mtime for p in (tmp_path / "out").glob("finetuning_strategies*")}
+    assert {"finetuning_strategies.md", "finetuning_strategies.png"} <= set(there)
+    again = subprocess.run([*map(str, command[:-4])], capture_output=True, text=True)  # the first experiment alone
+    assert again.returncode == 0 and "nothing to compute" in again.stderr
+    assert {p.name: p.stat().st_mtime for p in (tmp_path / "out").glob("finetuning_strategies*")} == there, "its notebook was run again"
+    (tmp_path / "out" / "finetuning_strategies.md").unlink()
+    assert subprocess.run([*map(str, command[:-4])], capture_output=True).returncode == 0
+    assert (tmp_path / "out" / "finetuning_strategies.md").exists(), "a file that somebody deleted is written again"
+
+
+class TestForecast:
+    "How long the rest takes, whatever the guesses were."
+
+    @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0.5, 20)), min_size=20, max_size=60), st.floats(0.1, 10), st.randoms())
+    def test_guesses_that_are_all_wrong_by_one_factor_are_right_from_the_first_job_on(self, jobs, factor, chance):
+        guesses = {str(i): seconds for i, (_, seconds) in enumerate(jobs)}
+        forecast = Forecast(guesses, {str(i): stage for i, (stage, _) in enumerate(jobs)})
+        order, left = chance.sample(list(guesses), len(guesses)), factor * sum(guesses.values())
+        for name in order:
+            forecast.note(name, factor * guesses[name])
+            left -= factor * guesses[name]
+            assert forecast.left() == pytest.approx(left, rel=1e-6, abs=1e-6)
+
+    @given(st.dictionaries(st.sampled_from("abcd"), st.floats(0.2, 5), min_size=4), st.integers(0, 1000))
+    def test_stages_that_are_wrong_by_different_factors_are_known_when_some_of_each_are_done(self, factors, seed):
+        "Jobs of all stages are mixed; from a tenth of the way on, the forecast is within 30 %."
+        rng = np.random.default_rng(seed)
+        names = [f"{stage}{i}" for i in range(40) for stage in factors]
+        guesses = {n: float(rng.uniform(1, 3)) for n in names}
+        took = {n: factors[n[0]] * s * float(rng.uniform(0.9, 1.1)) for n, s in guesses.items()}
+        forecast, total, spent = Forecast(guesses, {n: n[0] for n in names}), sum(took.values()), 0.0
+        for n in names:
+            forecast.note(n, took[n])
+            spent += took[n]
+            if spent >= total / 10 and total - spent > total / 20:
+                assert forecast.left() == pytest.approx(total - spent, rel=0.3)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from PIL import Image
 
 from aimfair import t2i, toyfaces
 from aimfair.data import DataError, DataWarning
+from aimfair.t2i import distillation
 
 TINY = {"decoder_steps": 6, "decoder_batch": 4, "decoder_width": 8, "channels": (16, 32), "head_dim": 16, "text_width": 32,
         "text_layers": 1, "tokens": 24, "vocabulary": 640, "steps": 8, "batch_size": 4,
@@ -182,6 +183,47 @@ def test_a_killed_run_goes_on(tmp_path):
     subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
     assert (tmp_path / "x" / "model_index.json").is_file()
     assert len((work / "log.jsonl").read_text().splitlines()) >= 5
+
+
+# ---------------------------------------------------------------- a student
+
+STUDENT = {"distillation_steps": 6, "distillation_lessons": 12, "distillation_from": 3, "distillation_lr": 1e-3}
+
+
+def test_a_student_ends_as_a_whole_one_where_it_was_interrupted(faces, tmp_path, monkeypatch):
+    "Killed while the teacher draws its lessons, and again while the student learns."
+    config = t2i.T2IConfig(**TINY | STUDENT)
+    whole = t2i.train_t2i(*faces, out=tmp_path / "whole", config=config, progress=False)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, distillation, "save_file", 2)
+        with pytest.raises(KeyboardInterrupt):
+            t2i.train_t2i(*faces, out=tmp_path / "broken", config=config, progress=False)
+    assert len(list((tmp_path / "broken/training/lessons").glob("*.safetensors"))) == 1
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, distillation, "jump_loss", 4)
+        with pytest.raises(KeyboardInterrupt):
+            t2i.train_t2i(*faces, out=tmp_path / "broken", config=config, progress=False)
+    mended = t2i.train_t2i(*faces, out=tmp_path / "broken", config=config, progress=False)
+    assert all((a == b).all() for a, b in zip(whole.unet.parameters(), mended.unet.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_a_student_learns_where_its_teacher_ends_up(faces, tmp_path):
+    "After some hundred steps it is nearer to the teacher's three guided steps than the teacher is in one."
+    out = tmp_path / "taught"
+    teacher = t2i.train_t2i(*faces, out=out, config=t2i.T2IConfig(**TINY | {"steps": 120}), progress=False)
+    student = t2i.train_t2i(*faces, out=out, progress=False, config=t2i.T2IConfig(
+        **TINY | STUDENT | {"steps": 120, "distillation_lessons": 64, "distillation_steps": 200, "sheet_every": 200}))
+    about = json.loads((out / "aimfair.json").read_text())
+    assert (about["num_inference_steps"], about["guidance_scale"]) == (1, 1.0)
+
+    def latents(pipe, steps, scale):
+        noise = [torch.Generator().manual_seed(10_000 + i) for i in range(8)]
+        words = [c for some in faces[1][:4] for c in some]
+        return pipe(words, num_inference_steps=steps, guidance_scale=scale, generator=noise, output_type="latent").images
+    aim = latents(teacher, 3, t2i.T2IConfig().guidance_scale)
+    ours, before = ((latents(pipe, 1, 1.0) - aim).square().mean().item() for pipe in (student, teacher))
+    assert ours < 0.6 * before, f"{ours:.4f} of {before:.4f}"
 
 
 # ---------------------------------------------------------------- faces of one's own

@@ -156,7 +156,7 @@ def distil(
         draw_lessons(pipeline, tokens, blank, config=config, folder=work / "lessons", seed=seed, device=device, progress=progress)
     student = copy.deepcopy(pipeline.unet).train().requires_grad_(True)
     loss_of = student_loss(student, pipeline, Lessons(work / "lessons", tokens, config, seed), blank, device)
-    minimise([student], loss_of, steps=config.distillation_steps, lr=config.distillation_lr, warmup=config.warmup, ema=config.ema,
+    minimise([student], loss_of, steps=config.distillation_steps, lr=config.distillation_lr, warmup=100, ema=min(config.ema, 0.996),
              checkpoint=work / "student.pt", identity=f"student of {identity}", every=config.checkpoint_every,
              sheet_every=config.sheet_every, show=show(student) if show else None, name="student", progress=progress)
     return student.eval()

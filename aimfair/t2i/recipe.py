@@ -21,7 +21,7 @@ from ..device import stream_seed
 
 # %% ../../nbs/07_t2i/03_recipe.ipynb #5fa02333
 class T2IConfig(Settings):
-    "Settings of the recipe; the defaults trained the bundled generator."
+    "Settings of the recipe; the defaults are for photos as well as for drawings."
     size: int = Field(64, ge=16, multiple_of=8, description="pixels of a side")
     latent_channels: int = Field(16, ge=1, le=48, description="numbers that describe each patch of 4 x 4 pixels")
     decoder_width: int = Field(64, ge=8)
@@ -49,7 +49,7 @@ class T2IConfig(Settings):
     distillation_steps: int = Field(0, ge=0, description="steps of a student that draws in one step without guidance; 0: no student")
     distillation_lessons: int = Field(40_960, ge=1, description="latents that the teacher draws for the student")
     distillation_from: int = Field(3, ge=1, description="sampling steps of the teacher")
-    distillation_lr: float = Field(3e-4, gt=0)
+    distillation_lr: float = Field(6e-4, gt=0)
 
 # %% ../../nbs/07_t2i/03_recipe.ipynb #97c10767
 def step_generator(
