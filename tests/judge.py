@@ -1,10 +1,18 @@
-"A judge of drawn studio faces: smile, gender cue and age, learnt from balanced faces that no generator has seen."
+"""A judge of drawn studio faces: smile, gender cue and age, learnt from balanced faces that no generator has seen.
+
+`python tests/judge.py FOLDER[:STEPS[:GUIDANCE]] ...` compares generators: what they follow, by group and tone, diversity and rate.
+"""
+import sys
+import time
+
 import numpy as np
+import pandas as pd
 import torch
 from torch.nn import functional as F
 
 from aimfair import toyfaces
 from aimfair.data import Faces
+from aimfair.synthesis import features, load_generator, make_config, pairwise_distance, resolve_config
 from aimfair.training import TrainConfig, create_model, fit, predict_logits
 
 NAMES = ("Smiling", "Male", "Young")
@@ -49,3 +57,41 @@ def asked(per_cell):
                 labels.append(bits)
                 tones.append(band)
     return texts, np.array(labels), np.array(tones)
+
+
+def draw(pipe, texts, seed=0, batch=32, **settings):
+    "uint8 images of some prompts, each from noise of its own; settings that are not given are the pipeline's own."
+    config, parts = resolve_config(pipe, make_config(**settings)), []
+    for i in range(0, len(texts), batch):
+        noise = [torch.Generator().manual_seed(seed + j) for j in range(i, min(i + batch, len(texts)))]
+        out = pipe(texts[i:i + batch], num_inference_steps=config.steps, guidance_scale=config.guidance_scale, generator=noise,
+                   output_type="np").images
+        parts.append((out * 255).round().astype(np.uint8).transpose(0, 3, 1, 2))
+    return np.concatenate(parts)
+
+
+def compare(generators, per_cell=40, repeats=5, space="efficientnet-lite0"):
+    "A column a generator: percent of images that show what was asked, diversity, and images a second of one core, timed in turn."
+    torch.set_num_threads(1)
+    judge, (texts, labels, tones), columns = train_judge(), asked(per_cell), {}
+    pipes = {name: load_generator(name.split(":")[0], device="cpu") for name in generators}
+    given = {name: dict(zip(("steps", "guidance_scale"), map(float, name.split(":")[1:]), strict=False)) for name in generators}
+    given = {name: {k: int(v) if k == "steps" else v for k, v in settings.items()} for name, settings in given.items()}
+    for name, pipe in pipes.items():
+        images = draw(pipe, texts, 10_000, **given[name])
+        seen = pd.DataFrame(100 * right(judge, images, labels), columns=NAMES)
+        groups = {f"group {t}_{p}": (labels[:, 0] == t) & (labels[:, 1] == p) for t in (0, 1) for p in (0, 1)}
+        parts = {"all": np.full(len(labels), True), **groups, **{f"tone {t}": tones == i for i, t in enumerate(toyfaces.TONES)}}
+        columns[name] = {(part, n): seen[n][where].mean() for part, where in parts.items() for n in NAMES}
+        columns[name] |= {("diversity", s): pairwise_distance(features(images, s)) for s in ("pixels", space)}
+    times = {name: [] for name in pipes}
+    for _ in range(repeats):
+        for name, pipe in pipes.items():
+            start = time.perf_counter()
+            draw(pipe, texts[:64], **given[name])
+            times[name].append(time.perf_counter() - start)
+    return pd.DataFrame({name: c | {("rate", "images a second"): 64 / min(times[name])} for name, c in columns.items()})
+
+
+if __name__ == "__main__":
+    print(compare(sys.argv[1:]).round(2).to_string())

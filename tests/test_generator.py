@@ -5,25 +5,13 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from judge import NAMES, asked, balanced, right, train_judge
+from judge import NAMES, asked, balanced, draw, right, train_judge
 
 from aimfair import t2i, toyfaces
-from aimfair.synthesis import features, generator_source, load_generator, nearest_distance, resolve_config
+from aimfair.synthesis import features, generator_source, load_generator, nearest_distance
 
 BARS = {"Smiling": 0.92, "Male": 0.95, "Young": 0.90}  # share of images that show what was asked
 WITHIN = 0.05  # by which a single group or skin tone, with fewer images, may fall short of a bar
-
-
-def draw(pipe, texts, seed=0, batch=32):
-    "uint8 images of some prompts, each from noise of its own."
-    config, parts = resolve_config(pipe), []
-    for i in range(0, len(texts), batch):
-        noise = [torch.Generator().manual_seed(seed + j) for j in range(i, min(i + batch, len(texts)))]
-        out = pipe(texts[i:i + batch], num_inference_steps=config.steps, guidance_scale=config.guidance_scale, generator=noise,
-                   output_type="np").images
-        parts.append((out * 255).round().astype(np.uint8).transpose(0, 3, 1, 2))
-    return np.concatenate(parts)
 
 
 def test_the_folder_is_small_and_complete():

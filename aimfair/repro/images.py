@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CELEBA_SPLITS', 'UTKFACE_IMAGES', 'TRAINING_SETS', 'ABOUT_DATA', 'ABOUT_SYNTHETIC', 'DrawCelebA', 'DrawUTKFace',
-           'DrawStudio', 'prompts_of', 'chosen_generator', 'weights_digest', 'generator_identity', 'Synthesize',
-           'data_folder', 'split_in_order', 'fingerprint', 'forget_files', 'Images', 'real_table', 'synthetic_table',
-           'shuffled', 'ImageSets', 'natural_sizes', 'biased_set_counts', 'set_sizes', 'check_pool', 'biased_synthetic',
-           'balanced_synthetic', 'about_synthetic']
+           'DrawStudio', 'prompts_of', 'chosen_generator', 'weights_digest', 'generator_identity', 'cached_pipeline',
+           'generator_folder', 'recommended', 'Synthesize', 'data_folder', 'split_in_order', 'fingerprint',
+           'forget_files', 'Images', 'real_table', 'synthetic_table', 'shuffled', 'ImageSets', 'natural_sizes',
+           'biased_set_counts', 'set_sizes', 'check_pool', 'biased_synthetic', 'balanced_synthetic', 'about_synthetic']
 
 # %% ../../nbs/17_repro/03_images.ipynb #c9aa89cb
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -132,6 +133,27 @@ def generator_identity(synthetic: SyntheticSettings) -> str:
     source, local = generator_source(chosen_generator(synthetic))
     return weights_digest(source) if local else source
 
+# %% ../../nbs/17_repro/03_images.ipynb #56b7ee82
+def cached_pipeline(hub_id: str) -> Path | None:
+    "The folder of a hub id's snapshot in the local cache, or None."
+    from huggingface_hub import try_to_load_from_cache
+    file = try_to_load_from_cache(hub_id, "model_index.json")
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def generator_folder(
+    synthetic: SyntheticSettings,
+) -> tuple[Path | None, bool]:  # the folder (None: not here), and whether the generator is a hub id
+    "Where a protocol's generator is. Raises `FileNotFoundError` where it is neither a folder nor a hub id."
+    source, local = generator_source(chosen_generator(synthetic))
+    return (Path(source), False) if local else (cached_pipeline(source), True)
+
+
+def recommended(folder: Path | None) -> tuple[int, int]:  # steps, pixels of a side
+    "What a generator's folder suggests for rendering; Stable Diffusion's 50 steps at 512 px where it says nothing."
+    about = json.loads((folder / "aimfair.json").read_text()) if folder and (folder / "aimfair.json").is_file() else {}
+    return about.get("num_inference_steps", 50), about.get("height", 512)
+
 # %% ../../nbs/17_repro/03_images.ipynb #5598f7d6
 @dataclass(frozen=True)
 class Synthesize(Job):
@@ -159,7 +181,8 @@ class Synthesize(Job):
     @property
     def work(self) -> Work:
         images = 4 * self.synthetic.pool / self.synthetic.shards
-        return Work(made=images, denoised=images * (self.synthetic.steps or 50))
+        steps = self.synthetic.steps or recommended(generator_folder(self.synthetic)[0])[0]
+        return Work(made=images, denoised=images * steps)
 
     def make(self, folder, store):
         s = self.synthetic
