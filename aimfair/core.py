@@ -259,11 +259,11 @@ def digest(
 
 def file_digest(
     path: str | Path,  # a file, or a folder: then over names and contents
-    keep=lambda path: True,  # which files of a folder count
+    keep=lambda path: True,  # which files of a folder count, by their paths inside it
 ) -> str:  # 16 hexadecimal digits
     "SHA-256 over a file's content, or a folder's, read in pieces."
     path, h = Path(path), hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and keep(p))
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and keep(p.relative_to(path)))
     for p in files:
         if p != path:
             h.update(p.relative_to(path).as_posix().encode())

@@ -96,11 +96,14 @@ def _new_pipeline(captions, vae, config, seed, device):
 
 # %% ../../nbs/07_t2i/08_training.ipynb #19e61e76
 def _student(teacher, batches, identity, work, prompts, device, progress):
-    "The pipeline of a student, which draws in one step what its teacher draws in several."
+    "The pipeline of a student, which draws in one step what its teacher draws in several; the teacher is kept beside its checkpoints."
+    config = batches.config
+    save_pipeline(teacher, work / "teacher", about={"num_inference_steps": config.sampling_steps, "guidance_scale": config.guidance_scale})
+
     def sheets(denoiser):
         return _sheets(assemble(teacher.tokenizer, teacher.text_encoder, teacher.vae, denoiser), prompts, work, 1, 1.0, "student-")
 
-    student = distil(teacher, batches.tokens, batches.blank, config=batches.config, work=work, identity=identity, seed=batches.seed,
+    student = distil(teacher, batches.tokens, batches.blank, config=config, work=work, identity=identity, seed=batches.seed,
                      device=device, show=sheets, progress=progress)
     return assemble(teacher.tokenizer, teacher.text_encoder, teacher.vae, student)
 
