@@ -1,5 +1,6 @@
 "Selective mask generation against re-derivations in plain torch and pandas."
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -96,7 +97,11 @@ def test_the_methods_pass_is_shuffled_augmented_and_in_whole_batches(n, size, pa
     assert all(torch.equal(ours[k], again[k]) for k in ours) and not torch.equal(ours["conv1.weight"], other["conv1.weight"])
 
 
-def test_a_pass_shows_a_bar_where_it_is_asked_to(capsys):
+def test_a_pass_shows_a_bar_where_it_is_asked_to(capsys, monkeypatch):
+    "On a terminal; a log is told nothing of work that takes seconds."
+    gradient_pass(narrow_resnet18(8), faces(32), batch_size=8, device="cpu", progress=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     gradient_pass(narrow_resnet18(8), faces(32), batch_size=8, passes=2, device="cpu", progress=True, name="real")
     shown = capsys.readouterr().err
     assert "gradients, real" in shown and "8/8" in shown
