@@ -198,7 +198,7 @@ def test_a_student_ends_as_a_whole_one_where_it_was_interrupted(faces, tmp_path,
         interrupt_at(patch, distillation, "save_file", 2)
         with pytest.raises(KeyboardInterrupt):
             t2i.train_t2i(*faces, out=tmp_path / "broken", config=config, progress=False)
-    assert len(list((tmp_path / "broken/training/lessons").glob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "broken/training/lessons-3-steps-guidance-2").glob("*.safetensors"))) == 1
     with monkeypatch.context() as patch:
         interrupt_at(patch, distillation, "jump_loss", 4)
         with pytest.raises(KeyboardInterrupt):
