@@ -157,11 +157,12 @@ def main(
     now = bench()
     table = compared(now, pd.DataFrame(old["stages"]).T if old else None)
     print("\n" + table.round(3).to_string())
-    facts = ", ".join(f"{k} {v}" for k, v in machine().items())
-    write_whole(file, {"machine": machine(), "stages": now.map(lambda x: float(f"{x:.4g}")).to_dict("index")})
+    facts = machine()
+    write_whole(file, {"machine": facts, "stages": now.map(lambda x: float(f"{x:.4g}")).to_dict("index")})
+    about = ", ".join(f"{k} {v}" for k, v in facts.items())
     PlainTable(now[["rate", "relative"]], labels={"stage": "Stage", "rate": "Rate", "relative": "Relative"}, digits=3,
                caption="Images a second on one core",
-               note=f"relative: to forward and backward passes of the same network on random tensors. {facts}").write(file.with_suffix(""))
+               note=f"relative: to forward and backward passes of the same network on random tensors. {about}").write(file.with_suffix(""))
     slower = table.index[table.verdict == "slower"] if "verdict" in table else []
     for name in slower:
         print(f"aimfair: slower than before: {name}, {table.ratio[name]:.2f} of its rate", file=sys.stderr)

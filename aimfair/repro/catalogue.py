@@ -16,7 +16,7 @@ from typing import Any
 from ..baselines import BASELINES
 from ..core import unknown
 from .choices import ChooseK, Tune, Tuned
-from .jobs import RULES, FineTune, Predict, Train, TrainBaseline, changes_of, default_ks, n_tensors
+from .jobs import RULES, FineTune, Predict, Train, TrainBaseline, default_ks, n_tensors, with_settings
 from .profiles import Profile, Protocol, changed
 from .store import Job
 
@@ -200,15 +200,14 @@ class Main:
         if not grid or self.protocol.run.tune == "settled":
             return None
         template = find_method(name).model(self.protocol, self.seed)
-        jobs = (replace(template, changes=changes_of(candidate | dict(template.changes))) for candidate in grid)
-        return Tune(self.protocol, name, tuple(jobs), rule)
+        return Tune(self.protocol, name, tuple(with_settings(template, candidate) for candidate in grid), rule)
 
     def chosen(self, template: Job, name: str, rule: str = "natural") -> Job:
         "The job that makes a method's model, with the settings that a rule chooses."
         name = find_method(name).tuned_as
         tune, number = self.tune(name, rule), self.settled(name)
-        if number is not None:  # what the model itself changes has precedence
-            return replace(template, changes=changes_of(self.grid(name)[number] | dict(template.changes)))
+        if number is not None:
+            return with_settings(template, self.grid(name)[number])
         if tune is None:
             return template
         return replace(template, tune=tune) if isinstance(template, ChooseK) else Tuned(template.protocol, template, tune)

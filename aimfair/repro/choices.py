@@ -8,7 +8,7 @@ __all__ = ['TOLERANCE', 'best_candidate', 'Tune', 'Tuned', 'ChooseK']
 # %% ../../nbs/17_repro/05_choices.ipynb #336ae850
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ import pandas as pd
 from ..finetuning import accuracy_change, candidate_table, judge, pick_candidate, right_answers
 from .images import set_sizes
 from .jobs import Changes, FineTune, ModelJob, ProtocolJob, Train, changes_of, default_ks
-from .jobs import load_model, mask_of, model_file
+from .jobs import load_model, mask_of, model_file, with_settings
 from .store import Artifact, Store, Work
 from ..sensitivity import mask_size
 
@@ -114,7 +114,7 @@ class Tuned(ProtocolJob):
 
     def with_settings(self, changes: Changes) -> ModelJob:
         "The job that makes the model, under some settings."
-        return replace(self.template, changes=changes_of(dict(changes) | dict(self.template.changes)))
+        return with_settings(self.template, dict(changes))
 
     @property
     def work(self):

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['RULES', 'Changes', 'GRADIENT_SETS', 'image_sets', 'ProtocolJob', 'n_tensors', 'initial_weights', 'new_model',
-           'model_file', 'load_model', 'validation_criteria', 'changes_of', 'ModelJob', 'Train', 'Edit', 'edited_faces',
-           'TrainBaseline', 'Gradients', 'read_gradients', 'sensitivity', 'mask_of', 'default_ks', 'kept', 'FineTune',
-           'Predict']
+           'model_file', 'load_model', 'validation_criteria', 'changes_of', 'with_settings', 'ModelJob', 'Train',
+           'Edit', 'edited_faces', 'TrainBaseline', 'Gradients', 'read_gradients', 'sensitivity', 'mask_of',
+           'default_ks', 'kept', 'FineTune', 'Predict']
 
 # %% ../../nbs/17_repro/04_jobs.ipynb #0817f348
 import json
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,14 @@ Changes = tuple[tuple[str, Any], ...]  # ((setting, value), ...), by name
 def changes_of(settings: dict[str, Any]) -> Changes:
     "Settings as a job holds them."
     return tuple(sorted(settings.items()))
+
+
+def with_settings(
+    job,  # one that holds `changes`
+    settings: dict[str, Any],
+):
+    "The same job under some settings; what it changes itself has precedence."
+    return replace(job, changes=changes_of(settings | dict(job.changes)))
 
 # %% ../../nbs/17_repro/04_jobs.ipynb #07226ac8
 class ModelJob(ProtocolJob):

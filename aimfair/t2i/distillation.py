@@ -154,11 +154,12 @@ def distil(
 ) -> nn.Module:  # the student's denoiser, in evaluation mode
     "Draw the lessons and teach them. A killed run goes on."
     about = f"{config.distillation_from}-steps-guidance-{config.guidance_scale:g}"  # other lessons have a folder of their own
+    ours = {k: v for k, v in config.model_dump().items() if k.startswith("distillation")}
     with quiet():
         draw_lessons(pipeline, tokens, blank, config=config, folder=work / f"lessons-{about}", seed=seed, device=device, progress=progress)
     student = copy.deepcopy(pipeline.unet).train().requires_grad_(True)
     loss_of = student_loss(student, pipeline, Lessons(work / f"lessons-{about}", tokens, config, seed), blank, device)
     minimise([student], loss_of, steps=config.distillation_steps, lr=config.distillation_lr, warmup=100, ema=min(config.ema, 0.996),
-             checkpoint=work / "student.pt", identity=f"{about} {config.distillation_lessons} {identity}", every=config.checkpoint_every,
+             checkpoint=work / "student.pt", identity=f"{about} {ours} {identity}", every=config.checkpoint_every,
              sheet_every=config.sheet_every, show=show(student) if show else None, name="student", progress=progress)
     return student.eval()

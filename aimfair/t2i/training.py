@@ -94,7 +94,7 @@ def _new_pipeline(captions, vae, config, seed, device):
         denoiser.set_attn_processor(AttnProcessor())
     return assemble(tokenizer, text_encoder, vae, denoiser)
 
-# %% ../../nbs/07_t2i/08_training.ipynb #19e61e76
+
 def _student(teacher, batches, identity, work, prompts, device, progress):
     "The pipeline of a student, which draws in one step what its teacher draws in several; the teacher is kept beside its checkpoints."
     config = batches.config
@@ -135,16 +135,14 @@ def train_t2i(
     identity = run_identity(config, seed, images) + digest("\n".join(flat).encode(), length=64)
     minimise([denoiser, text_encoder], _denoising_loss(denoiser, text_encoder, batches, device),
              steps=config.steps, lr=config.lr, warmup=config.warmup, ema=config.ema, checkpoint=work / "denoiser.pt",
-             identity=identity,
-             every=config.checkpoint_every, sheet_every=config.sheet_every,
+             identity=identity, every=config.checkpoint_every, sheet_every=config.sheet_every,
              show=_sheets(pipeline, sheet_prompts, work, config.sampling_steps, config.guidance_scale), name="denoiser", progress=progress)
     denoiser.eval(), text_encoder.eval()
     if config.distillation_steps:
         pipeline = _student(pipeline, batches, identity, work, sheet_prompts, device, progress)
-    one = {"num_inference_steps": 1, "guidance_scale": 1.0}
-    usual = {"num_inference_steps": config.sampling_steps, "guidance_scale": config.guidance_scale}
+    steps, scale = (1, 1.0) if config.distillation_steps else (config.sampling_steps, config.guidance_scale)
     save_pipeline(pipeline, out, about={"recipe": config.model_dump(mode="json"), "images": len(images), "seed": seed,
-                                        **(one if config.distillation_steps else usual)})
+                                        "num_inference_steps": steps, "guidance_scale": scale})
     return pipeline
 
 # %% ../../nbs/07_t2i/08_training.ipynb #b294026c
