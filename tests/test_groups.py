@@ -292,25 +292,34 @@ def test_biased_split_errors():
     assert (rows["split"] == "train").all() and rows.attrs == table.attrs
 
 
-@pytest.mark.parametrize("column, name", [("target", "Smiling"), ("protected", "Male")])
-@pytest.mark.parametrize("values", [[0, 1, 2], [1, 2], [0, 3, 7]])
-def test_more_than_two_values_are_told_not_dropped(column, name, values):
-    table = real_table([(0, 1), (1, 0), (0, 0), (1, 1)] * 30, "train")
-    table[column] = np.resize(values, len(table))
-    with pytest.raises(DataError, match=f"list_attr_celeba.txt: {name} has the values {', '.join(map(str, values))};.*0 and 1"):
-        biased_split(table, n=4, bias=1)
-    elsewhere = real_table([(0, 1), (1, 0), (0, 0), (1, 1)] * 30, "train")
-    assert len(biased_split(pd.concat([elsewhere, table.assign(split="test")]), n=4, bias=1)) == 4  # only train counts
+@given(st.integers(2, 4), st.integers(2, 7), st.sampled_from([0, 1 / 9, 1 / 2, 1]), st.integers(10, 60))
+def test_biased_sets_of_any_number_of_classes_and_groups(n_classes, n_groups, bias, per_class):
+    "Each class has its share; its frequent group is the one after its number, counted round, and the others share the rest evenly."
+    cells = [(t, p) for t in range(n_classes) for p in range(n_groups)]
+    table = pd.DataFrame([{"id": f"{t}{p}{i}.jpg", "target": t, "protected": p} for t, p in cells for i in range(80)])
+    n = n_classes * per_class
+    if bias and round(per_class / (1 + (n_groups - 1) * bias)) > per_class - (n_groups - 1):
+        with pytest.raises(DataError, match="too few"):
+            biased_split(table, n=n, bias=bias)
+        return
+    sizes = dict.fromkeys(cells, 0) | group_sizes(biased_split(table, n=n, bias=bias))
+    for t in range(n_classes):
+        of_class = {p: sizes[t, p] for p in range(n_groups)}
+        frequent, rare = of_class.pop((t + 1) % n_groups), set(of_class.values())
+        assert len(rare) == 1 and per_class - (n_groups - 1) < frequent + (n_groups - 1) * min(rare) <= per_class
+        assert abs(min(rare) - bias * frequent) <= 1 + bias
 
 
-def test_the_command_tells_it_too(tmp_path):
-    races = "\n".join(f"{i:03d}.jpg,{i % 2},{i // 2 % 3}" for i in range(120))
+def test_the_command_divides_by_race_too(tmp_path):
+    races = "\n".join(f"{i:03d}.jpg,{i % 2},{['Black', 'East Asian', 'White', ''][i // 2 % 4]}" for i in range(120))
     (tmp_path / "labels.csv").write_text(f"file,gender,race\n{races}\n")
     command = [sys.executable, "-m", "aimfair.cli", "data", "split", "--dataset", "folder", "--root", tmp_path, "--csv", "labels.csv",
-               "--image", "file", "--target", "gender", "--protected", "race", "--n", "8", "--bias", "1", "--out", tmp_path / "out.csv"]
+               "--image", "file", "--target", "gender", "--protected", "race", "--n", "24", "--bias", "1", "--out", tmp_path / "out.csv"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert result.returncode == 2 and "race has the values 0, 1, 2" in " ".join((result.stdout + result.stderr).split())
-    assert "Traceback" not in result.stderr and not (tmp_path / "out.csv").exists()
+    assert result.returncode == 0 and "4 of (0, East Asian)" in result.stdout, result.stderr
+    assert "96 of the 120 rows are left out, 30 of them as race is not known" in result.stdout
+    rows = pd.read_csv(tmp_path / "out.csv")
+    assert rows.groupby(["gender", "race"]).size().eq(4).all() and len(rows) == 24
 
 
 # --- the frequent groups -------------------------------------------------------------------------------------------------------

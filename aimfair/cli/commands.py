@@ -21,20 +21,28 @@ __all__ = ['data_split', 'reproduce', 'status', 'doctor', 'debias', 'prompts_lis
            'parse_filter', 'synthesize', 't2i_train', 't2i_sheet']
 
 # %% ../../nbs/19_cli/03_commands.ipynb #0d327c7f
-_ATTRIBUTES = {"celeba": ("Smiling", "Male"), "utkface": ("gender", "ethnicity"), "folder": (None, None)}
+_ATTRIBUTES = {"celeba": ("Smiling", "Male"), "utkface": ("gender", "ethnicity"), "fairface": ("gender", "race"), "folder": (None, None)}
 
 
-def _face_table(dataset, root, available_only, csv, image, **names):
+def _bins(text):
+    "{column: bins} from 'age: 0-17, 18-39, 40+', several divided by semicolons."
+    parts = [part.partition(":") for part in (text or "").split(";") if part.strip()]
+    if wrong := [column for column, colon, bins in parts if not (column.strip() and colon and bins.strip())]:
+        raise typer.BadParameter(f"{wrong[0]!r}; expected bins such as 'age: 0-17, 18-39, 40+'")
+    return {column.strip(): bins for column, _, bins in parts}
+
+
+def _face_table(dataset, root, available_only, csv, image, bins, **names):
     "The face table that the options ask for; `names` are those of target and protected."
     from aimfair import data
     if dataset == "celeba":
         return data.celeba(root, available_only=available_only, **names)
     if available_only:
         raise ValueError(f"--available-only is for celeba, whose annotations may list images that are not there; {dataset} needs none")
-    if dataset == "utkface":
-        return data.utkface(root, **names)
+    if dataset in ("utkface", "fairface"):
+        return {"utkface": data.utkface, "fairface": data.fairface}[dataset](root, bins=(bins or {}).get("age"), **names)
     require(csv=csv, **names)
-    return data.folder(root, csv, image=image, **names)
+    return data.folder(root, csv, image=image, bins=bins, **names)
 
 
 def _part(table, split, root):
@@ -47,33 +55,40 @@ def _part(table, split, root):
 # %% ../../nbs/19_cli/03_commands.ipynb #4dda05d3
 @data_app.command("split")
 def data_split(
-    dataset: Annotated[str, option("NAME", "celeba, utkface or folder")] = "celeba",
+    dataset: Annotated[str, option("NAME", "celeba, utkface, fairface or folder")] = "celeba",
     root: Annotated[Path | None, option("FOLDER", "folder of the data set  [required]", exists=True, file_okay=False)] = None,
-    target: Annotated[str | None, option("NAME", "attribute to predict; by default Smiling (celeba), gender (utkface)")] = None,
-    protected: Annotated[str | None, option("NAME", "protected attribute; by default Male (celeba), ethnicity (utkface)")] = None,
-    n: Annotated[int | None, option("N", "number of images, even  [required]", "--n", min=2)] = None,
+    target: Annotated[str | None, option("NAME", "attribute to predict; by default Smiling (celeba), gender (utkface, fairface)")] = None,
+    protected: Annotated[str | None, option("NAME", "protected attribute; by default Male (celeba), ethnicity (utkface), race (fairface)")] = None,
+    n: Annotated[int | None, option("N", "number of images, as many of each class  [required]", "--n", min=2)] = None,
     bias: Annotated[float, option("RATIO", "minority to majority: 1/9, 1:9 or 0.111", parser=ratio)] = "1/9",
     out: Annotated[Path | None, option("FILE", "CSV file to write  [required]", dir_okay=False)] = None,
     available_only: Annotated[bool, typer.Option("--available-only", help="choose among the images that are on disk")] = False,
     split: Annotated[str, option("NAME", "official split to choose from: train, val or test")] = "train",
     csv: Annotated[Path | None, option("FILE", "folder only: CSV file with the labels")] = None,
     image: Annotated[str, option("NAME", "folder only: column with the file names")] = "image_id",
+    bins: Annotated[dict | None, option("BINS", "classes of an amount, such as 'age: 0-17, 18-39, 40+'", parser=_bins)] = None,
+    majority: Annotated[str | None, option("T_P,...", "the frequent group of every class; by default 0_1,1_0, and so on")] = None,
 ):
     """Choose a biased training set from annotation files.
 
-    Of the cells (target, protected), (0, 1) and (1, 0) are the majority, (0, 0) and (1, 1) the minority; of each the first images in
-    file order are taken. Writes the columns image_id, target and protected, in file order. No image needs to be there.
+    Of the cells (target, protected), (0, 1) and (1, 0) are the majority and the others the minority, unless --majority names others; of
+    each the first images in file order are taken. Writes the columns image_id, target and protected, in file order. No image needs to be
+    there.
     """
     choose("data set", dataset, list(_ATTRIBUTES))
     require(root=root, n=n, out=out)
     from aimfair.data import biased_split, write_split
-    from aimfair.groups import group_sizes
+    from aimfair.groups import group_sizes, names_of
     target, protected = target or _ATTRIBUTES[dataset][0], protected or _ATTRIBUTES[dataset][1]
-    table = _face_table(dataset, root, available_only, csv, image, target=target, protected=protected)
-    rows = biased_split(_part(table, split, root), n=n, bias=bias)
-    write_split(rows, out, "target", "protected")
-    cells = ", ".join(f"{n} of ({t}, {p})" for (t, p), n in group_sizes(rows).items())
+    table = _part(_face_table(dataset, root, available_only, csv, image, bins, target=target, protected=protected), split, root)
+    rows = biased_split(table, n=n, bias=bias, majority=majority)
+    write_split(rows, out, target if dataset == "folder" else "target", protected if dataset == "folder" else "protected")
+    names, unknown = names_of(rows), int((table["protected"] < 0).sum())
+    cells = ", ".join(f"{n} of ({', '.join(names.words(g))})" for g, n in group_sizes(rows).items())
     typer.echo(f"{out}: {len(rows)} images by ({target}, {protected}): {cells}")
+    if dataset == "folder":
+        why = f", {unknown} of them as {protected} is not known" if unknown else ""
+        typer.echo(f"{len(table) - len(rows)} of the {len(table)} rows are left out{why}")
 
 # %% ../../nbs/19_cli/03_commands.ipynb #03992750
 @app.command()

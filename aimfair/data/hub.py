@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..groups import Names, names_of, recoded, shared_names, with_names
 from ..core import DataError, one_line, write_whole
 from .images import cache_folder
-from .reading import face_table, read_labels, read_splits, unknown_name
+from .reading import face_table, read_classes, read_splits, unknown_name
 
 # %% ../../nbs/04_data/04_hub.ipynb #362b9ed9
 def _load(source, options: dict):
@@ -39,6 +40,18 @@ def _image_file(item: dict | None, home: Path) -> str | None:
     return str(file if file.exists() else write_whole(file, item["bytes"]))
 
 
+def _label_values(data, column, source, ids, missing):
+    "Numbers and words of a column: of a `ClassLabel` as the data set has them, else as they are read."
+    import datasets
+    feature, values = data.features[column], pd.Series(data[column][:], name=column)
+    if isinstance(feature, datasets.ClassLabel):  # -1 is a class that is not known
+        numbers = values.fillna(-1).astype(int).to_numpy()
+        if not missing and (numbers < 0).any():
+            raise DataError(f"{source}: {column} has no value at {ids[numbers < 0].iloc[0]}; expected one for every image")
+        return numbers, None if all(name.isdecimal() for name in feature.names) else tuple(feature.names), True
+    return (*read_classes(values, source, ids, missing=missing), False)
+
+
 def _split_table(data, source, prefix: str, image: str, labels: list[str], home: Path) -> pd.DataFrame:
     "Face table of one split."
     import datasets
@@ -50,14 +63,15 @@ def _split_table(data, source, prefix: str, image: str, labels: list[str], home:
     paths = [_image_file(row[image], home) for row in data]
     if None in paths:
         raise DataError(f"{source}: row {paths.index(None)} has no {image}")
-    values = [read_labels(pd.Series(data[c][:], name=c), source, ids, binary=False) for c in labels]
-    return face_table(ids, home, *values).assign(path=paths)
+    found = [_label_values(data, c, source, ids, i > 0) for i, c in enumerate(labels)]
+    names = Names(*(words for _, words, _ in found), fixed=any(own for _, words, own in found if words))
+    return face_table(ids, home, *(numbers for numbers, _, _ in found), names=names).assign(path=paths)
 
 # %% ../../nbs/04_data/04_hub.ipynb #df43d6c7
 def huggingface(
     source,  # a local path (saved data set, image folder, parquet files), a name on the hub, or a `datasets` object
     *, image: str = "image",  # column with the images
-    target: str = "label",  # column with the target: -1/1, 0/1, booleans or class numbers
+    target: str = "label",  # column with the target: class labels, words, -1/1, 0/1, booleans or class numbers
     protected: str | None = None,  # column with the protected attribute, likewise; None: unknown
     cache=None,  # folder for images that are stored inside the data set; None: as `load_faces`
     **options,  # passed to `datasets.load_dataset`, such as name= or revision=
@@ -70,6 +84,7 @@ def huggingface(
     for name, part in (data if isinstance(data, dict) else {"": data}).items():
         rows = _split_table(part, source, f"{name}/" if name else "", image, labels, cache_folder(cache) / "hub")
         tables.append(rows.assign(split=read_splits(pd.Series([name] * len(rows)), source)) if name else rows)
-    table = pd.concat(tables, ignore_index=True)
+    names = shared_names({f"split {i}": names_of(t) for i, t in enumerate(tables)})
+    table = pd.concat([recoded(t, names) for t in tables], ignore_index=True)
     table.attrs = {"file": str(source), "target": target, "protected": protected}
-    return table
+    return table if names == Names(fixed=True) else with_names(table, names)

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..groups import Names, names_of
 from ..core import DataError, DataWarning, cores, listed, one_line, progress_bar, whole_folder
 
 # %% auto #0
@@ -220,12 +221,13 @@ def _check_arrays(images, values) -> None:
 # %% ../../nbs/04_data/03_images.ipynb #12662cde
 class Faces(Pixels):
     "Decoded faces: their pixels, and for every face its labels and its id."
-    def __init__(self, sources, source, row, target, protected=None, ids=None, dropped=None):
+    def __init__(self, sources, source, row, target, protected=None, ids=None, dropped=None, names=None):
         super().__init__(sources, source, row)
         self.target = np.asarray(target, np.int64)
         self.protected = None if protected is None else np.asarray(protected, np.int64)
         self.ids = np.asarray(np.arange(len(self.target)) if ids is None else ids).astype(str)
         self.dropped = dict(dropped or {})  # path -> reason
+        self.names = names or Names()  # words for the numbers of target and protected
 
     @classmethod
     def from_arrays(
@@ -234,32 +236,47 @@ class Faces(Pixels):
         target,  # int (N,)
         protected=None,  # int (N,), or None where unknown
         ids=None,  # str (N,); None: 0, 1, 2, ...
+        names: Names | None = None,  # words for the numbers
     ) -> Faces:
         "Faces from pixels in memory."
         images = np.asarray(images)
         _check_arrays(images, {"target": target, "protected": protected, "ids": ids})
-        return cls([images], np.zeros(len(images)), np.arange(len(images)), target, protected, ids)
+        return cls([images], np.zeros(len(images)), np.arange(len(images)), target, protected, ids, names=names)
 
     @staticmethod
     def concat(parts) -> Faces:  # an iterable of `Faces` with images of one size
-        "Faces one after another; no pixel is copied. Protected is -1 for parts where it is unknown (None if it is everywhere)."
+        """Faces one after another; no pixel is copied. Protected is -1 for parts where it is unknown (None if it is everywhere).
+
+        Raises `DataError` for sizes or names that differ."""
         parts = list(parts)
         sources, source, row = joined_pixels(parts)
         known = any(part.protected is not None for part in parts)
         protected = np.concatenate([np.full(len(p), -1) if p.protected is None else p.protected for p in parts]) if known else None
         target, ids = (np.concatenate([getattr(part, name) for part in parts]) for name in ("target", "ids"))
-        return Faces(sources, source, row, target, protected, ids, {k: v for part in parts for k, v in part.dropped.items()})
+        names = list(dict.fromkeys(part.names for part in parts if part.names != Names()))
+        if len(names) > 1:
+            raise DataError(f"classes or groups are {names[0]} and {names[1]}: `shared_names` and `recoded` make them one")
+        return Faces(sources, source, row, target, protected, ids, {k: v for part in parts for k, v in part.dropped.items()}, *names)
 
     def select(
         self, index,  # int array, slice or boolean mask
     ) -> Faces:
         "Some of the faces; no pixel is copied."
         protected = None if self.protected is None else self.protected[index]
-        return Faces(self._sources, self._source[index], self._row[index], self.target[index], protected, self.ids[index], self.dropped)
+        return Faces(self._sources, self._source[index], self._row[index], self.target[index], protected, self.ids[index], self.dropped,
+                     self.names)
+
+    def relabelled(
+        self, target,  # int (N,)
+        protected=None,  # int (N,), -1 where unknown; None: unknown of all
+        names: Names | None = None,
+    ) -> Faces:
+        "The same faces with other labels."
+        return Faces(self._sources, self._source, self._row, target, protected, self.ids, self.dropped, names)
 
     def without_groups(self) -> Faces:
         "The same faces with the protected attribute unknown."
-        return Faces(self._sources, self._source, self._row, self.target, None, self.ids, self.dropped)
+        return self.relabelled(self.target, None, self.names)
 
     def __repr__(self):
         height, width = self.size
@@ -307,4 +324,4 @@ def load_faces(
     rows = table[np.array([key in cache.where for key in keys], bool)]
     where = np.array([cache.where[key] for key in keys if key in cache.where], np.int64).reshape(-1, 2)
     sources = cache.shards or [np.empty((0, 3, size, size), np.uint8)]
-    return Faces(sources, where[:, 0], where[:, 1], rows["target"], rows.get("protected"), rows["id"], bad)
+    return Faces(sources, where[:, 0], where[:, 1], rows["target"], rows.get("protected"), rows["id"], bad, names_of(table))

@@ -11,12 +11,14 @@ import csv
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..core import DataError, DataWarning, listed, unknown
+from ..groups import Names, in_order, plain, with_names
 
 # %% ../../nbs/04_data/01_reading.ipynb #76acfeea
 def unknown_name(file, kind: str, word, choices) -> DataError:
@@ -80,7 +82,9 @@ def encoding_of(file) -> str:
 def header(file, encoding: str | None = None) -> tuple[list[str], int, str, int | None]:
     "Column names (the image id's first), lines before the data, separator and the announced number of rows."
     with open(file, encoding=encoding or encoding_of(file), errors="replace") as f:
-        lines = [f.readline().strip() for _ in range(3)]
+        lines = [f.readline(2**20).strip() for _ in range(3)]
+    if re.match(r"(<!doctype\s+html|<html|<\?xml|<head|<body)", lines[0].lower()):
+        raise DataError(f"{file}: is a web page (HTML) and no annotations, as a download that was turned down leaves it; download the file again")
     if not lines[0]:
         raise DataError(f"{file}: the first line is empty; expected column names or CelebA's count of images")
     separator = max(",;\t|", key=lines[0].count)
@@ -104,11 +108,15 @@ def with_ids(frame: pd.DataFrame, id_column: str, file) -> pd.DataFrame:
     twice = ids[ids.duplicated()]
     if len(twice):
         raise DataError(f"{file}: image {twice.iloc[0]!r} is listed more than once ({len(twice)} rows too many)")
+    rest = [c for c in frame.columns if c != id_column]
+    return pd.concat([ids.rename("id"), frame[rest]], axis=1)
+
+# %% ../../nbs/04_data/01_reading.ipynb #b3255915
+def check_inside(ids: pd.Series, file) -> None:
+    "Raise `DataError` for a name that leaves the folder of its data set, as no official list has one."
     outside = ids[ids.str.contains(r"(?:^|[/\\])\.\.(?:[/\\]|$)|^[/\\]|^[A-Za-z]:", regex=True)]
     if len(outside):
         raise DataError(f"{file}: {outside.iloc[0]!r} leaves the root folder; expected a name under it, such as 000001.jpg")
-    rest = [c for c in frame.columns if c != id_column]
-    return pd.concat([ids.rename("id"), frame[rest]], axis=1)
 
 # %% ../../nbs/04_data/01_reading.ipynb #dcb72a73
 def read_columns(
@@ -138,19 +146,131 @@ def read_columns(
 _BINARY = {"-1": 0, "0": 0, "1": 1, "false": 0, "true": 1, "-1.0": 0, "0.0": 0, "1.0": 1}
 
 
-def read_labels(values: pd.Series, file, ids: pd.Series, binary: bool = True) -> pd.Series:
-    "Annotations as int64: -1/1, 0/1 and True/False become 0/1; with `binary=False` other whole numbers >= 0 are classes."
+def read_labels(values: pd.Series, file, ids: pd.Series) -> pd.Series:
+    "Annotations as int64: -1/1, 0/1 and True/False become 0/1."
     words = {value: str(value).strip().lower() for value in values.unique()}
-    if not binary and all(re.fullmatch(r"\d+(\.0)?", w) for w in words.values()):
-        return values.astype("float64").astype("int64")
     wrong = [value for value, word in words.items() if word not in _BINARY]
-    expected = "-1/1, 0/1 or True/False" + ("" if binary else " or a class number")
+    expected = "-1/1, 0/1 or True/False"
     if wrong:
         where = values.isna() if pd.isna(wrong[0]) else values == wrong[0]
         raise DataError(f"{file}: {values.name} is '{wrong[0]}' at {ids[where].iloc[0]}; expected {expected}")
     if {"-1", "0"} <= {w.removesuffix(".0") for w in words.values()}:
         raise DataError(f"{file}: {values.name} has both -1 and 0, so 0 is not clearly a label; expected {expected}")
     return values.map({value: _BINARY[word] for value, word in words.items()}).astype("int64")
+
+# %% ../../nbs/04_data/01_reading.ipynb #861b495b
+_NOTHING = {"", "nan", "none", "null", "na", "n/a", "<na>", "?", "unknown"}
+_MOST = 200  # different values of a column of classes
+
+
+def _numbered(texts, where) -> np.ndarray | None:
+    "Numbers of classes that are written as numbers; None where they are words."
+    if all(t.lower() in _BINARY for t in texts):
+        if {"-1", "0"} <= {t.removesuffix(".0") for t in texts}:
+            raise DataError(f"{where} has both -1 and 0, so 0 is not clearly a label; expected -1/1, 0/1 or the numbers of classes")
+        return np.array([_BINARY[t.lower()] for t in texts], np.int64)
+    if all(re.fullmatch(r"\d+(\.0*)?", t) for t in texts):
+        return np.array([int(float(t)) for t in texts], np.int64)
+    if wrong := [t for t in texts if re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", t, re.IGNORECASE)]:
+        if len(wrong) == len(texts) or wrong[0].startswith("-") or "." in wrong[0]:
+            raise DataError(f"{where} is {wrong[0]}; expected words, 0/1, or the number of a class; amounts need bins, such as 0-17, 18-39, 40+")
+    return None
+
+# %% ../../nbs/04_data/01_reading.ipynb #66c24a67
+def _in_words(texts, counts, order, where) -> tuple[np.ndarray, tuple[str, ...]]:
+    "Numbers of classes that are written as words, and the words in order; one spelling of each, the most frequent."
+    if len({plain(t) for t in texts}) > _MOST:
+        raise DataError(f"{where} has {len(texts)} different values, such as {listed(texts[:3])}; expected a few classes: is it the right column?")
+    if order is None:
+        order = in_order(text for _, text in sorted(zip(-counts, texts, strict=True)))
+    place = {plain(word): i for i, word in enumerate(order)}
+    if strange := [t for t in texts if plain(t) not in place]:
+        raise DataError(f"{where}: {unknown('class', strange[0], order)}")
+    return np.array([place[plain(t)] for t in texts], np.int64), tuple(order)
+
+
+def read_classes(
+    values: pd.Series,  # of one column
+    file,  # named in errors
+    ids: pd.Series,  # of the images, for errors
+    order: Iterable[str] | None = None,  # the words, in the order of their numbers; None: `in_order`
+    missing: bool = False,  # whether values may be missing, and become -1
+) -> tuple[np.ndarray, tuple[str, ...] | None]:  # int64 (N,), and words for the numbers, or None where the column has numbers
+    "A column of classes as numbers. Raises `DataError`."
+    codes, uniques = pd.factorize(values.astype(object))
+    texts, where = [str(v).strip() for v in uniques], f"{file}: {values.name}"
+    known = np.array([t.lower() not in _NOTHING for t in texts] + [False], bool)  # the last is that of NaN, whose code is -1
+    if not missing and not known[codes].all():
+        at = ids[~known[codes]]
+        raise DataError(f"{where} has no value at {at.iloc[0]} ({len(at)} of {len(ids)} images); expected one for every image")
+    given, counts = [t for t, k in zip(texts, known, strict=False) if k], np.bincount(codes[codes >= 0], minlength=len(texts))[known[:-1]]
+    numbers, words = (_numbered(given, where) if order is None else None), None
+    if numbers is None:
+        numbers, words = _in_words(given, counts, None if order is None else tuple(order), where)
+    of_text = np.full(len(texts) + 1, -1)
+    of_text[known] = numbers
+    return of_text[codes], words
+
+# %% ../../nbs/04_data/01_reading.ipynb #28b16ec1
+def _span(text: str) -> tuple[float, float] | None:
+    "First and last number of '18-39', '40+', 'more than 70', 'under 18' or '7'; None for anything else."
+    text = str(text).strip().lower()
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:-|–|to|\.\.)\s*(\d+(?:\.\d+)?)", text):
+        return float(found[1]), float(found[2])
+    if found := re.fullmatch(r"(?:more than|over|from|>=?)\s*(\d+(?:\.\d+)?)|(\d+(?:\.\d+)?)\s*(?:\+|or older|or more|and over)", text):
+        return float(found[1] or found[2]), np.inf
+    if found := re.fullmatch(r"(?:under|less than|below|<)\s*(\d+(?:\.\d+)?)", text):
+        return -np.inf, np.nextafter(float(found[1]), -np.inf)
+    return (float(text),) * 2 if re.fullmatch(r"-?\d+(\.\d+)?", text) else None
+
+
+def parse_bins(
+    bins: str | Iterable[float | str],  # "0-17, 18-39, 40+", a list of such, or the first numbers of all bins but the lowest
+) -> dict[str, tuple[float, float]]:  # by name: from, and up to but without
+    "Bins of an ordered attribute, the lowest first. Raises `ValueError`."
+    parts = bins.split(",") if isinstance(bins, str) else list(bins)
+    if all(isinstance(p, int | float) for p in parts) and parts == sorted(set(parts)) and parts:
+        ends = [-np.inf, *map(float, parts), np.inf]
+        names = [f"under {parts[0]:g}", *(f"{a:g}-{b - 1:g}" for a, b in zip(parts, parts[1:], strict=False)), f"{parts[-1]:g}+"]
+        return dict(zip(names, zip(ends, ends[1:], strict=False), strict=True))
+    spans = {str(p).strip(): _span(p) for p in parts}
+    if not spans or None in spans.values() or any(a > b for a, b in spans.values()):
+        raise ValueError(f"bins are {bins!r}; expected some like '0-17, 18-39, 40+'")
+    starts = [a for a, _ in spans.values()]
+    if starts != sorted(set(starts)) or any(b >= a for (_, b), a in zip(spans.values(), starts[1:], strict=False)):
+        raise ValueError(f"bins are {bins!r}; expected the lowest first, and none that overlap")
+    return {name: (a, np.floor(b) + 1 if np.isfinite(b) and b == np.floor(b) else b) for name, (a, b) in spans.items()}
+
+# %% ../../nbs/04_data/01_reading.ipynb #22cd6976
+def _bin_of(value, bins) -> str | None:
+    "The name of the bin that a value, or a range, lies in."
+    span = _span(value)
+    return None if span is None else next((name for name, (low, high) in bins.items()
+                                           if low <= span[0] and (span[1] < high or span[1] == high == np.inf)), None)
+
+
+def binned(values: pd.Series, bins, file, ids: pd.Series) -> pd.Series:
+    "A column of an ordered attribute as the names of bins; what is missing stays so. Raises `DataError`."
+    bins = parse_bins(bins)
+    found = {value: None if str(value).strip().lower() in _NOTHING else _bin_of(value, bins) or value for value in values.dropna().unique()}
+    if wrong := [value for value, name in found.items() if name is not None and name not in bins]:
+        why = "is neither a number nor a range" if _span(wrong[0]) is None else f"lies in none of the bins {', '.join(bins)}"
+        raise DataError(f"{file}: {values.name} {str(wrong[0])!r} at {ids[values == wrong[0]].iloc[0]} {why}")
+    return values.map(found)
+
+# %% ../../nbs/04_data/01_reading.ipynb #ca159c69
+TOGETHER = " & "  # between the words of a combination
+
+
+def crossed(parts: dict[str, tuple[np.ndarray, tuple[str, ...] | None]]) -> tuple[np.ndarray, tuple[str, ...]]:
+    "Numbers and words of the combinations of several attributes, each as `read_classes` has it."
+    codes = np.stack([numbers for numbers, _ in parts.values()], 1)
+    known = (codes >= 0).all(1)
+    present, place = np.unique(codes[known], axis=0, return_inverse=True)
+    numbers = np.full(len(codes), -1)
+    numbers[known] = place.ravel()
+    words = [[f"{name}={i}" if of is None else of[i] for i, (name, (_, of)) in zip(row, parts.items(), strict=True)] for row in present.tolist()]
+    return numbers, tuple(map(TOGETHER.join, words))
 
 # %% ../../nbs/04_data/01_reading.ipynb #c0e2c03c
 _SPLITS = {"0": "train", "1": "val", "2": "test", "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -166,13 +286,13 @@ def read_splits(values: pd.Series, file) -> np.ndarray:
     return words.map(_SPLITS).to_numpy()
 
 # %% ../../nbs/04_data/01_reading.ipynb #2629fc68
-def face_table(ids, folder, target, protected=None, split=None, facts=None) -> pd.DataFrame:
-    "Put a face table together; `protected` and `split` may be unknown, `facts` become its `.attrs`."
+def face_table(ids, folder, target, protected=None, split=None, facts=None, names: Names = Names()) -> pd.DataFrame:
+    "Put a face table together; `protected` and `split` may be unknown, `facts` and `names` become its `.attrs`."
     ids = pd.Series(ids).reset_index(drop=True)
-    table = pd.DataFrame({"id": ids, "path": f"{folder}/" + ids, "target": np.asarray(target, np.int64)})
+    table = pd.DataFrame({"id": ids, "path": [os.path.join(folder, name) for name in ids], "target": np.asarray(target, np.int64)})
     if protected is not None:
         table["protected"] = np.asarray(protected, np.int64)
     if split is not None:
         table["split"] = np.asarray(split)
-    table.attrs = facts or {}
-    return table
+    table.attrs = dict(facts or {})
+    return table if names == Names() else with_names(table, names)
