@@ -98,13 +98,13 @@ def write_shard(home: Path, keys: list[str], images: np.ndarray) -> None:
             np.save(f, images)
             f.flush()
             os.fsync(f.fileno())
-        (aside / "keys.json").write_text(json.dumps(keys))
+        (aside / "keys.json").write_text(json.dumps(keys), encoding="utf-8")
 
 
 def read_shard(shard: Path, wanted) -> tuple[np.ndarray, dict[str, int]] | None:
     "The images of a shard and the rows of the wanted keys; None where it has none, or was damaged from outside."
     try:
-        keys = json.loads((shard / "keys.json").read_text())
+        keys = json.loads((shard / "keys.json").read_text(encoding="utf-8"))
         rows = {key: row for row, key in enumerate(keys) if key in wanted}
         images = np.load(shard / "images.npy", mmap_mode="r") if rows else ()
     except (OSError, ValueError, EOFError):

@@ -157,7 +157,7 @@ def pipeline_lack(folder: str | Path) -> str | None:
     "What a pipeline folder lacks, or None."
     folder = Path(folder)
     try:
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"model_index.json cannot be read ({type(error).__name__})"
     for name, value in index.items():

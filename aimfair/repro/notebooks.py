@@ -65,7 +65,7 @@ def own_kernel() -> Iterator[str]:  # its name
         kernel = Path(folder) / "kernels" / "aimfair" / "kernel.json"
         kernel.parent.mkdir(parents=True)
         kernel.write_text(json.dumps({"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"],
-                                      "display_name": "aimfair", "language": "python"}))
+                                      "display_name": "aimfair", "language": "python"}), encoding="utf-8")
         before = os.environ.get("JUPYTER_PATH")
         os.environ["JUPYTER_PATH"] = folder + (os.pathsep + before if before else "")
         try:

@@ -60,7 +60,7 @@ class Store:
 
     def about(self, artifact: Artifact) -> dict[str, Any]:
         "What is noted of an artifact that is there: stage, version, config, inputs, seconds, cost."
-        return json.loads((self.path(artifact) / "artifact.json").read_text())
+        return json.loads((self.path(artifact) / "artifact.json").read_text(encoding="utf-8"))
 
     def get(
         self,
@@ -87,7 +87,7 @@ class Store:
 def _note(folder, artifact, seconds, cost):
     about = {"stage": artifact.stage, "version": artifact.version, "config": artifact.config,
              "inputs": [f"{a.stage}/{a.hash}" for a in artifact.inputs], "seconds": round(seconds, 2), "cost": cost}
-    (folder / "artifact.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    (folder / "artifact.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 # %% ../../nbs/17_repro/02_store.ipynb #938de197
 def stored(
@@ -96,7 +96,7 @@ def stored(
     "Every artifact of a store."
     root, found = store.root if isinstance(store, Store) else Path(store), {}
     for file in sorted(root.glob("*/*/artifact.json")):
-        found.setdefault(file.parent.parent.name, {})[file.parent.name] = json.loads(file.read_text())
+        found.setdefault(file.parent.parent.name, {})[file.parent.name] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 # %% ../../nbs/17_repro/02_store.ipynb #2002af72
