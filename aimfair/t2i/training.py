@@ -21,7 +21,7 @@ from .autoencoder import latents_of, train_autoencoder
 from .captions import DRAWN_SEED, drawn_faces
 from .denoiser import create_denoiser, create_text_encoder, schedulers, train_tokenizer
 from .distillation import distil
-from .folders import captioned_faces, files_to_exclude
+from .folders import captioned_faces
 from .pipelines import SHEET_PROMPTS, assemble, sample_sheet, save_pipeline
 from .recipe import T2IConfig, minimise, run_identity, step_generator
 
@@ -151,7 +151,7 @@ def train_command(
     *, out: str | Path,
     settings: dict | None = None,  # settings of `T2IConfig` by name
     n: int = 48_000,  # faces to draw, for "drawn"
-    exclude: str | Path | None = None,  # folder of images to leave out, wherever in `data` they lie
+    exclude: str | Path | None = None,  # images to leave out of `data`: a folder of them, or a list or table that names them
     mirror: bool | None = None,  # None: all but drawn faces, whose captions tell left from right
     seed: int = 0,
     device: str | None = None,
@@ -162,8 +162,7 @@ def train_command(
     if data == "drawn":
         images, captions = drawn_faces(n, seed=DRAWN_SEED + seed, size=config.size)
     else:
-        names = files_to_exclude(exclude, data) if exclude else []
-        images, captions = captioned_faces(data, size=config.size, exclude=names, seed=seed, progress=progress)
+        images, captions = captioned_faces(data, size=config.size, exclude=exclude or (), seed=seed, progress=progress)
     mirror = data != "drawn" if mirror is None else mirror
     train_t2i(images, captions, out=out, config=config, mirror=mirror, seed=seed, device=device, progress=progress)
     return Path(out)
