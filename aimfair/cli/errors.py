@@ -47,7 +47,8 @@ def _of_network(error):
 def _os_error(error):
     "Exit code and message of a failed operation on files."
     text = f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}" if error.filename and error.strerror else as_line(error)
-    return (2 if isinstance(error, _MENDABLE) or error.errno in (None, errno.EROFS) else 1), text
+    mendable = isinstance(error, _MENDABLE) or error.errno in (None, errno.EROFS)
+    return (2 if mendable and not isinstance(error, ChildProcessError) else 1), text
 
 
 def _missing_package(error):
@@ -83,6 +84,4 @@ def explain(
         return _missing_package(error)
     if isinstance(error, ValueError):
         return 2, as_line(error) + ("" if _raised_here(error) else " (--debug shows where)")
-    if type(error) is RuntimeError and _raised_here(error):  # such as a worker that was killed
-        return 1, as_line(error)
     return None

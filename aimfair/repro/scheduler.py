@@ -182,7 +182,7 @@ def run_jobs(
                 advance(h)
     except BrokenProcessPool:
         executor.close(at_once=True)
-        raise RuntimeError("a worker process was killed, perhaps for want of memory; run again, with fewer workers") from None
+        raise ChildProcessError("a worker process was killed, perhaps for want of memory; run again, with fewer workers") from None
     except BaseException:
         executor.close(at_once=True)
         raise
