@@ -362,7 +362,9 @@ def progress_bar(
     items: Iterable | None = None,
     **options,  # tqdm's own: total, desc, unit, initial, disable, ...
 ):  # a tqdm bar
-    "tqdm's bar, a widget in JupyterLab; plain lines on standard error where that is no terminal."
+    "tqdm's bar, a widget in JupyterLab; plain lines on standard error where that is no terminal. `TQDM_DISABLE=1` turns all off."
+    if not options.get("disable"):
+        options.pop("disable", None)  # given, it would outweigh the environment
     if "ipykernel" in sys.modules or sys.stderr.isatty():
         from tqdm.auto import tqdm
         return tqdm(items, **options)

@@ -1,13 +1,36 @@
 "Machines that differ: homes, caches, disks, locales, devices, scripts without a guard, and all that a call has to leave as it was."
 import ast
+import contextlib
+import locale
+import logging
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
+import diffusers
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 import pytest
+import torch
+import transformers
+from huggingface_hub.utils.tqdm import progress_bar_states
+from PIL import Image, ImageFile
+
+from aimfair import t2i
+from aimfair.cli import main
+from aimfair.data import huggingface, load_faces
+from aimfair.experiments import reproduce, run
+from aimfair.synthesis import load_generator, make_config, synthesize
+
+datasets = pytest.importorskip("datasets", reason="the extra hub is not installed")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,6 +41,10 @@ def python(code, *words, wrap=(), without=(), **env):
     known = {k: v for k, v in os.environ.items() if k not in without}
     return subprocess.run([*wrap, sys.executable, "-c", textwrap.dedent(code), *map(str, words)], capture_output=True, timeout=300,
                           env={**known, "PYTHONPATH": path, **env}, encoding="utf-8", errors="replace")
+
+
+def command(*words, **how):
+    return python("import sys; from aimfair.cli import main; sys.exit(main(sys.argv[1:]))", *words, **how)
 
 
 # ---------------------------------------------------------------- locales
@@ -73,10 +100,6 @@ def test_words_of_all_languages_survive_another_locale(tmp_path):
         (tmp_path / "a.jsonl").unlink()
 
 
-def command(*words, **how):
-    return python("import sys; from aimfair.cli import main; sys.exit(main(sys.argv[1:]))", *words, **how)
-
-
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "utf-8"])
 def test_a_terminal_that_lacks_letters_gets_others(encoding):
     text = "71 ± 2 % – ██ → Größe \udcff"
@@ -96,6 +119,129 @@ def test_a_terminal_that_lacks_letters_gets_others(encoding):
     assert done.returncode == 2 and "71 " in done.stdout and "Traceback" not in done.stderr, done.stderr
     shown = {"ascii": "71 +- 2 % - ## -> Gr\\xf6\\xdfe \\udcff", "utf-8": "71 ± 2 % – ██ → Größe \\udcff"}.get(encoding, "71 ")
     assert done.stdout.startswith(shown) and shown in done.stderr
+
+
+# ---------------------------------------------------------------- homes, caches, disks
+
+NOBODY = ("unshare", "--user", "--map-user=12345", "--map-group=12345")  # a user whom /etc/passwd does not know, as in a container
+HOMELESS = ("HOME", "AIMFAIR_CACHE", "XDG_CACHE_HOME")
+LOAD = """
+    import sys
+    import numpy as np
+    import pandas as pd
+    from aimfair.data import load_faces
+    paths = [f"{sys.argv[1]}/{i}.png" for i in range(3)]
+    table = pd.DataFrame({"id": paths, "path": paths, "target": [0, 1, 0]})
+    for size in (8, 16):
+        faces = load_faces(table, size=size)
+    print(faces.gather(slice(None)).numpy().mean((1, 2, 3)).round().tolist())
+"""
+SHADES = "[0.0, 50.0, 100.0]\n"
+
+
+def allowed(*words):
+    "Skip where this machine does not let us become somebody else, or mount a disk."
+    if not shutil.which(words[0]) or subprocess.run([*words, "true"], capture_output=True).returncode:
+        pytest.skip(f"{' '.join(words[:3])} is not allowed here")
+    return words
+
+
+@pytest.fixture
+def photos(tmp_path):
+    "Three grey pictures, a folder for temporary files, and one that nothing can be written to."
+    for i in range(3):
+        Image.new("RGB", (20, 20), (50 * i,) * 3).save(tmp_path / f"{i}.png")
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "closed").mkdir(mode=0o555)
+    return tmp_path
+
+
+HOMES = [None, "closed", *(pytest.param(home, marks=pytest.mark.slow) for home in ("/proc/nowhere", "0.png"))]
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_home_that_is_none_does_not_stop_the_work(photos, home):
+    "No HOME, none of that name, one that is not ours, and a file: a temporary cache serves, and one warning says so."
+    env = {} if home is None else {"HOME": home if home[0] == "/" else str(photos / home)}
+    done = python(LOAD, photos, wrap=allowed(*NOBODY), without=HOMELESS, TMPDIR=str(photos / "tmp"), **env)
+    assert done.stdout == SHADES, done.stderr
+    assert done.stderr.count("DataWarning") == 1 and "set AIMFAIR_CACHE=FOLDER" in done.stderr
+    assert f"it goes to {photos}/tmp/aimfair-cache-12345 for now" in done.stderr
+    assert len(list((photos / "tmp/aimfair-cache-12345").glob("faces-*/shard-*"))) == 2
+    assert (photos / "tmp/aimfair-cache-12345").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_full_of_what_is_wanted_need_not_be_written(photos):
+    assert python(LOAD, photos, AIMFAIR_CACHE=str(photos / "cache")).stdout == SHADES
+    for folder in [photos / "cache", *(p for p in (photos / "cache").rglob("*") if p.is_dir())]:
+        folder.chmod(0o555)
+    done = python(LOAD, photos, wrap=allowed(*NOBODY), AIMFAIR_CACHE=str(photos / "cache"), TMPDIR=str(photos / "tmp"))
+    assert done.stdout == SHADES and not done.stderr and not list((photos / "tmp").iterdir())
+    Image.new("RGB", (20, 20), (50,) * 3).save(photos / "1.png", compress_level=0)  # another file: now something is missing
+    done = python(LOAD, photos, wrap=NOBODY, AIMFAIR_CACHE=str(photos / "cache"), TMPDIR=str(photos / "tmp"))
+    assert done.stdout == SHADES and done.stderr.count("DataWarning") == 1
+    for folder in (photos / "cache").rglob("*"):
+        folder.chmod(0o755)
+
+
+def test_where_nothing_at_all_can_be_written_a_line_says_so(photos):
+    code = LOAD.replace("import sys\n", "import sys, tempfile\n    tempfile.gettempdir = lambda: sys.argv[1] + '/closed'\n", 1)
+    done = python(code, photos, wrap=allowed(*NOBODY), without=HOMELESS)
+    assert done.stderr.splitlines()[-1] == f"PermissionError: [Errno 13] Permission denied: '{photos}/closed/aimfair-cache-12345'"
+
+
+def small_disk(folder):
+    "Words before a call that has a disk of 256 KB at `folder`."
+    return (*allowed("unshare", "--user", "--map-root-user", "--mount"), "sh", "-c",
+            f'mount -t tmpfs -o size=256k none {folder} && exec "$0" "$@"')
+
+
+def test_a_full_disk_is_said_whatever_the_library_makes_of_it(photos):
+    (photos / "disk").mkdir()
+    done = python("""
+        import errno, os, sys
+        import numpy as np, torch
+        from safetensors.torch import save_file
+        from aimfair.core import append_lines, whole_file, whole_folder, write_whole
+        disk, big = sys.argv[1], torch.zeros(100_000)
+
+        def numpy_file():
+            with whole_folder(disk + "/set") as aside:
+                np.save(aside / "a.npy", big.numpy())
+
+        def torch_file(save):
+            with whole_file(disk + "/model") as aside:
+                save(aside)
+
+        ways = [lambda: write_whole(disk + "/text", "x" * 400_000), lambda: append_lines(disk + "/lines", ["x" * 400_000]), numpy_file,
+                lambda: torch_file(lambda file: torch.save({"w": big}, file)), lambda: torch_file(lambda file: save_file({"w": big}, file))]
+        for way in ways:
+            try:
+                way()
+            except OSError as error:
+                print(error.errno == errno.ENOSPC, error.filename, error.strerror)
+        os.unlink(disk + "/lines")
+        write_whole(disk + "/small", "what was torn is gone")""", photos / "disk", wrap=small_disk(photos / "disk"))
+    if "mount" in done.stderr and not done.stdout:
+        pytest.skip("no disk can be mounted here")
+    advice = "no space is left on its disk; make room, or name a folder on another disk"
+    expected = [f"True {photos}/disk/{name} {advice}" for name in ("text", "lines", "set", "model", "model")]
+    assert (done.stdout.splitlines(), done.stderr) == (expected, "")
+
+
+@pytest.mark.slow
+def test_a_full_cache_disk_ends_a_command_in_a_line(photos):
+    for folder in ("disk", "faces"):
+        (photos / folder).mkdir()
+    for i in range(40):
+        Image.new("RGB", (64, 64), (5 * i,) * 3).save(photos / f"faces/{i}.png")
+        (photos / f"faces/{i}.txt").write_text("a face")
+    done = command("t2i", "train", "--data", photos / "faces", "--out", photos / "out", wrap=small_disk(photos / "disk"),
+                   AIMFAIR_CACHE=str(photos / "disk"))
+    if "mount" in done.stderr and "aimfair" not in done.stderr:
+        pytest.skip("no disk can be mounted here")
+    assert done.returncode == 1 and "no space is left on its disk" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------- ~
@@ -139,3 +285,151 @@ def test_a_tilde_in_settings_of_the_command_line(tmp_path):
     (tmp_path / "p.toml").write_text("description = 'mine'")
     done = command("doctor", "--profile=~/p.toml", "--set", "data.kind=celeba", "--set=data.root=~/faces", HOME=str(tmp_path))
     assert f"data.root: no folder {tmp_path}/faces" in done.stdout, done.stderr
+
+
+# ---------------------------------------------------------------- scripts without a guard
+
+SCRIPT = """
+from aimfair.experiments import run
+done = run({profile!r}, ["ERM"], store={store!r}, workers=2, progress=False, settings={settings})
+print("made", done.made)
+"""
+FEW = {"model.name": "toy_resnet18", "run.tune": False, "synthetic.kind": "studio"}
+
+
+@pytest.mark.parametrize("way", ["script", pytest.param("pipe", marks=pytest.mark.slow), pytest.param("words", marks=pytest.mark.slow)])
+def test_workers_need_no_guard_and_no_file(tmp_path, way):
+    code = SCRIPT.format(profile=str(ROOT / "tests/tiny.toml"), store=str(tmp_path / "runs"), settings=FEW)
+    (tmp_path / "script.py").write_text(code)
+    words = {"script": [str(tmp_path / "script.py")], "pipe": ["-"], "words": ["-c", code]}[way]
+    done = subprocess.run([sys.executable, *words], input=code if way == "pipe" else None, capture_output=True, text=True, timeout=300,
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and done.stdout.startswith("made ") and done.stdout.count("made") == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_what_the_script_itself_defines_is_computed_in_its_own_process(tmp_path):
+    done = python(f"""
+        from aimfair.baselines import BASELINES, ERMSettings, baseline, train_erm
+        from aimfair.experiments import run
+
+        @baseline("Mine", ERMSettings, "a script")
+        def mine(model, train, val, run):
+            return train_erm(model, train, val, config=run.config, seed=run.seed, device=run.device, progress=False)
+
+        done = run({str(ROOT / "tests/tiny.toml")!r}, ["ERM"], store={str(tmp_path)!r}, workers=2, progress=False, settings={FEW})
+        print("made", done.made)
+        """)
+    assert done.returncode == 0 and done.stdout.startswith("made "), done.stderr
+    assert "computed in one process: mine is defined in the script itself" in done.stderr
+
+
+# ---------------------------------------------------------------- what a call leaves as it was
+
+
+def state():
+    "What all code of a process shares."
+    logs = {name: logging.getLogger(name) for name in ["", *"aimfair diffusers transformers datasets matplotlib PIL papermill".split()]}
+    flags = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.get_num_threads(),
+             torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_float32_matmul_precision(), torch.backends.cudnn.deterministic,
+             torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32, torch.is_autocast_enabled("cpu"))
+    return {
+        "chance of torch": torch.get_rng_state().tolist(), "chance of numpy": str(np.random.get_state()),
+        "chance of Python": random.getstate(), "flags of torch": flags, "errors of numpy": np.geterr(), "options of pandas": pd.get_option("display.max_columns"),
+        "matplotlib": dict(matplotlib.rcParams), "backend": matplotlib.get_backend(), "figures": plt.get_fignums(),
+        "warnings": (list(warnings.filters), warnings.showwarning, warnings.formatwarning),
+        "logs": {name: (log.level, list(log.handlers), log.propagate, log.disabled) for name, log in logs.items()},
+        "bars": (diffusers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.is_progress_bar_enabled(),
+                 datasets.is_progress_bar_enabled(), dict(progress_bar_states)),
+        "environment": dict(os.environ), "folder": os.getcwd(), "path": list(sys.path), "words": list(sys.argv),
+        "script": id(sys.modules["__main__"]), "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+        "output": (sys.stdout, sys.stderr, sys.stdout.errors, sys.excepthook), "locale": locale.setlocale(locale.LC_ALL),
+        "Pillow": (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS),
+    }
+
+
+@contextlib.contextmanager
+def unusual(bars):
+    "Nothing is as it is by default; it is so again afterwards."
+    kept = torch.get_num_threads(), torch.get_rng_state(), np.random.get_state(), random.getstate()
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    logs = [logging.getLogger(name) for name in ("diffusers", "transformers", "PIL")]
+    before, on = [log.level for log in logs], [library.is_progress_bar_enabled() for library in libraries]
+    with warnings.catch_warnings(), matplotlib.rc_context({"font.size": 7.5, "savefig.dpi": 123}):
+        warnings.simplefilter("ignore", BytesWarning)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_num_threads(2)
+        for log, level in zip(logs, (logging.CRITICAL, logging.INFO, logging.ERROR), strict=True):
+            log.setLevel(level)
+        for library in libraries:
+            (library.enable_progress_bar if bars else library.disable_progress_bar)()
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.set_num_threads(kept[0]), torch.set_rng_state(kept[1]), np.random.set_state(kept[2]), random.setstate(kept[3])
+            for log, level in zip(logs, before, strict=True):
+                log.setLevel(level)
+            for library, was in zip(libraries, on, strict=True):
+                (library.enable_progress_bar if was else library.disable_progress_bar)()
+
+
+def draw_images(folder):
+    synthesize("toy-smiling-male", style="plain", per_group=1, out=folder / "set", device="cpu", progress=False,
+               config=make_config(steps=1))
+
+
+def train_a_generator(folder):
+    tiny = {"decoder_steps": 1, "decoder_batch": 4, "decoder_width": 8, "channels": (16, 32), "head_dim": 16, "text_width": 32,
+            "text_layers": 1, "tokens": 24, "vocabulary": 640, "steps": 1, "batch_size": 4, "sampling_steps": 1, "latent_channels": 8}
+    t2i.train_t2i(*t2i.drawn_faces(8, seed=7, per_face=2), out=folder / "t2i", config=t2i.T2IConfig(**tiny), progress=False)
+
+
+def read_a_stream(folder):
+    images = [str(p) for p in pictures(folder)]
+    data = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 4}).cast_column("image", datasets.Image())
+    load_faces(huggingface(data.to_iterable_dataset(), cache=folder / "c"), size=16, cache=folder / "c")
+
+
+def pictures(folder):
+    for i in range(8):
+        Image.new("RGB", (20, 20), (30 * i,) * 3).save(folder / f"{i}.png")
+    return sorted(folder.glob("*.png"))
+
+
+def wrong_commands(folder):
+    for words in (["--versoin"], ["t2i", "train", "--data", "~/nowhere", "--out", str(folder / "o")], ["prompts", "list"], ["doctor"]):
+        main(words)
+
+
+def an_experiment(folder):
+    run(ROOT / "tests/tiny.toml", ["ERM"], store=folder / "runs", workers=1, progress=False, settings=FEW)
+
+
+def a_reproduction(folder):
+    reproduce(ROOT / "tests/tiny.toml", only=["layer_sensitivity"], store=folder / "runs", workers=2, progress=False)
+
+
+CALLS = [lambda folder: load_generator("bundled", device="cpu"), draw_images, train_a_generator, read_a_stream, wrong_commands,
+         pytest.param(an_experiment, marks=pytest.mark.slow), pytest.param(a_reproduction, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("bars", [True, False], ids=["bars on", "bars off"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_leaves_everything_as_it_was(call, bars, tmp_path):
+    load_generator("bundled", device="cpu")  # what libraries do when they are first imported is not ours
+    with unusual(bars):
+        before = state()
+        call(tmp_path)
+        after = state()
+    assert {name: (before[name], after[name]) for name in before if before[name] != after[name]} == {}
+
+
+@pytest.mark.parametrize(("options", "shown"), [({}, True), ({"TQDM_DISABLE": "1"}, False)])
+def test_bars_that_the_environment_turns_off_stay_off(options, shown):
+    done = python("""
+        from aimfair.core import progress_bar
+        for disable in (False, True):
+            for _ in progress_bar(range(3), disable=disable, desc="counting", delay=0, mininterval=0):
+                pass""", **options)
+    assert ("counting" in done.stderr) == shown, done.stderr
