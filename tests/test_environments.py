@@ -1,6 +1,7 @@
 "Machines that differ: homes, caches, disks, locales, devices, scripts without a guard, and all that a call has to leave as it was."
 import ast
 import contextlib
+import io
 import locale
 import logging
 import os
@@ -26,7 +27,8 @@ from PIL import Image, ImageFile
 
 from aimfair import t2i
 from aimfair.cli import main
-from aimfair.data import huggingface, load_faces
+from aimfair.data import DataError, huggingface, load_faces
+from aimfair.device import pick_device
 from aimfair.experiments import reproduce, run
 from aimfair.synthesis import load_generator, make_config, synthesize
 
@@ -335,7 +337,8 @@ def state():
              torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32, torch.is_autocast_enabled("cpu"))
     return {
         "chance of torch": torch.get_rng_state().tolist(), "chance of numpy": str(np.random.get_state()),
-        "chance of Python": random.getstate(), "flags of torch": flags, "errors of numpy": np.geterr(), "options of pandas": pd.get_option("display.max_columns"),
+        "chance of Python": random.getstate(), "flags of torch": flags, "errors of numpy": np.geterr(),
+        "options of pandas": pd.get_option("display.max_columns"),
         "matplotlib": dict(matplotlib.rcParams), "backend": matplotlib.get_backend(), "figures": plt.get_fignums(),
         "warnings": (list(warnings.filters), warnings.showwarning, warnings.formatwarning),
         "logs": {name: (log.level, list(log.handlers), log.propagate, log.disabled) for name, log in logs.items()},
@@ -433,3 +436,102 @@ def test_bars_that_the_environment_turns_off_stay_off(options, shown):
             for _ in progress_bar(range(3), disable=disable, desc="counting", delay=0, mininterval=0):
                 pass""", **options)
     assert ("counting" in done.stderr) == shown, done.stderr
+
+
+# ---------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("word", [*"cuda gpu GPU 0 cuda:0 CUDA0 cuda:7 nvidia mps xpu meta".split(), 0, torch.device("meta")])
+def test_a_device_that_is_not_there_is_refused_in_a_line(word, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"^device is '{word}', which this machine has not .*; cpu is always there$"):
+        pick_device(word)
+
+
+@pytest.mark.parametrize(("word", "found"), [
+    (None, "cuda"), ("auto", "cuda"), (" Auto ", "cuda"), ("gpu", "cuda"), ("GPU:1", "cuda:1"), ("gpu 1", "cuda:1"), ("cuda1", "cuda:1"),
+    (1, "cuda:1"), (np.int64(1), "cuda:1"), ("\tcuda:0\n", "cuda:0"), (torch.device("cuda:1"), "cuda:1"), (-1, "cpu"), ("cpu", "cpu"),
+    (torch.device("cpu"), "cpu")])
+def test_a_device_by_every_usual_name(word, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device(word) == torch.device(found)
+
+
+@pytest.mark.parametrize("word", ["cuda:2", "7", 7, "gpu:9"])
+def test_a_number_that_no_device_has_is_told_with_how_many_there_are(word, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=f"device is '{word}', which this machine has not; of cuda there is 2, counted from 0"):
+        pick_device(word)
+
+
+# ---------------------------------------------------------------- streams
+
+
+@pytest.fixture
+def shades(tmp_path):
+    "Eight pictures by class, as an image folder and in an archive; rows with undecoded images."
+    rows = []
+    for i, file in enumerate(pictures(tmp_path)):
+        place = tmp_path / "folder" / ("no", "yes")[i % 2] / file.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        rows.append({"image": {"bytes": file.read_bytes(), "path": None}, "label": i % 2})
+        file.rename(place)
+    shutil.make_archive(str(tmp_path / "zipped/faces"), "zip", tmp_path / "folder")
+    return tmp_path, rows
+
+
+def brightness(table, folder):
+    faces = load_faces(table, size=8, cache=folder / "c")
+    return {(int(t), round(x)) for t, x in zip(faces.target, faces.gather(slice(None)).numpy().mean((1, 2, 3)), strict=True)}
+
+
+@pytest.mark.parametrize("kind", ["rows", "generator", "decoded", "parts", "folder", "zip"])
+def test_a_stream_is_gone_through_once(shades, kind):
+    folder, rows = shades
+    options, went = {"cache": folder / "c"}, []
+
+    def once():
+        went.append(1)
+        for i, row in enumerate(rows):
+            inside = {"bytes": None, "path": f"zip://{('no', 'yes')[i % 2]}/{i}.png::{folder / 'zipped/faces.zip'}"}
+            image = {"generator": row["image"], "zip": inside}.get(kind) or Image.open(io.BytesIO(row["image"]["bytes"]))
+            yield {**row, "image": image}
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"])})
+    stream = datasets.Dataset.from_list(rows, features=features).to_iterable_dataset(num_shards=2)
+    source = {"rows": stream, "parts": datasets.IterableDatasetDict(train=stream, test=stream.take(2))}.get(kind)
+    if kind in ("generator", "decoded", "zip"):
+        source = datasets.IterableDataset.from_generator(once, features=None if kind == "decoded" else features)
+    if kind == "folder":
+        source, options["streaming"] = str(folder / "folder"), True
+    table = huggingface(source, **options)
+    assert brightness(table, folder) == {(i % 2, 30 * i) for i in range(8)}
+    assert len(went) <= 1 and len(table) == (10 if kind == "parts" else 8) and table["id"].is_unique
+    assert ("split" in table) == (kind in ("parts", "folder"))
+
+
+def test_mistakes_about_a_stream_are_told_in_a_line(shades):
+    folder, rows = shades
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    with pytest.raises(DataError, match="data set: no column 'lable'; did you mean label?"):
+        huggingface(stream, target="lable", cache=folder / "c")
+    with pytest.raises(DataError, match="data set: the stream holds no rows"):
+        huggingface(stream.take(0), cache=folder / "c")
+    with pytest.raises(DataError, match="row 1 has no image"):
+        huggingface(datasets.Dataset.from_list([rows[0], {"image": None, "label": 1}]).to_iterable_dataset(), cache=folder / "c")
+
+
+@pytest.mark.slow
+def test_an_image_folder_is_read_without_a_home(shades):
+    folder, _ = shades
+    (folder / "tmp").mkdir()
+    (folder / "here").mkdir()
+    done = python("""
+        import os, sys
+        os.chdir(sys.argv[1] + "/here")
+        from aimfair.data import huggingface
+        print(len(huggingface(sys.argv[1] + "/folder")))""", folder, wrap=allowed(*NOBODY), TMPDIR=str(folder / "tmp"),
+        without=(*HOMELESS, "HF_HOME", "HF_DATASETS_CACHE"))
+    assert done.stdout == "8\n" and "set HF_HOME=FOLDER" in done.stderr, done.stderr
+    assert not list((folder / "here").iterdir()), "no folder named ~"

@@ -25,9 +25,14 @@ def _load(source, options: dict):
     if isinstance(source, datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict):
         return source
     source = user_path(source) if str(source).startswith("~") else source
-    saved = any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    if any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        load, options = datasets.load_from_disk, {}
+    else:
+        kept = Path(datasets.config.HF_DATASETS_CACHE)
+        load = datasets.load_dataset
+        options = {"cache_dir": str(writable(kept, "what Hugging Face's datasets keeps", "set HF_HOME=FOLDER")), **options}
     try:
-        return datasets.load_from_disk(str(source)) if saved else datasets.load_dataset(str(source), **options)
+        return load(str(source), **options)
     except Exception as error:
         raise DataError(f"{source}: cannot be loaded as a Hugging Face data set: {one_line(error)}") from error
 

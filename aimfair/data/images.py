@@ -110,7 +110,11 @@ def _say_once(text: str) -> None:
     warnings.warn(text, DataWarning, stacklevel=6)
 
 
-def writable(folder: Path) -> Path:
+def writable(
+    folder: Path,
+    what: str = "the cache of decoded images",
+    how: str = "set AIMFAIR_CACHE=FOLDER",  # to choose another
+) -> Path:
     "The folder, made where it is missing; where nothing can be written there, another one, and a warning."
     try:
         if folder.parts[:1] == ("~",):
@@ -122,8 +126,7 @@ def writable(folder: Path) -> Path:
     except OSError as error:
         instead = standby(folder)
         instead.mkdir(parents=True, exist_ok=True)
-        _say_once(f"{folder.parent} cannot hold the cache of decoded images ({error.strerror}): it goes to {instead.parent} for now; "
-                  "to choose a folder, set AIMFAIR_CACHE=FOLDER")
+        _say_once(f"{folder.parent} cannot hold {what} ({error.strerror}): it goes to {instead.parent} for now; to choose a folder, {how}")
         return instead
 
 # %% ../../nbs/04_data/03_images.ipynb #9d675c74
