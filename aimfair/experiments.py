@@ -110,7 +110,7 @@ def from_notebook(
     "Check a notebook's parameters, then compute what is missing of its experiment. Raises `ValueError` for an unknown or ill-typed one."
     p = read_parameters(namespace)
     done = results(name, p.profile, seeds=p.seeds, settings=p.settings, store=p.store, progress=progress)
-    done.out, done.aggregation = Path(p.out), p.aggregation
+    done.out, done.aggregation = user_path(p.out), p.aggregation
     return done
 
 # %% ../nbs/18_experiments.ipynb #3c863de2

@@ -95,7 +95,7 @@ def spelt_out(
     found = re.fullmatch(r"((?:[\w.-]+=)*)(~[\w.-]*(?:[/\\].*)?)", word, re.DOTALL)
     return found[1] + os.path.expanduser(found[2]) if found else word
 
-
+# %% ../../nbs/19_cli/02_shell.ipynb #bb6e38a0
 _PLAINLY = {"±": "+-", "–": "-", "—": "-", "−": "-", "×": "x", "→": "->", "…": "...", "█": "#"}
 
 

@@ -45,6 +45,23 @@ def _image_file(item: dict | None, home: Path) -> str | None:
     return str(file if file.exists() else write_whole(file, item["bytes"]))
 
 
+def _split_table(data, source, prefix: str, image: str, labels: list[str], home: Path) -> pd.DataFrame:
+    "Face table of one split."
+    import datasets
+    if isinstance(data, datasets.IterableDataset):
+        data = _streamed(data, source, image, labels, home)
+    for column in (image, *labels):
+        if column not in data.column_names:
+            raise unknown_name(source, "column", column, data.column_names)
+    data = data.select_columns([image, *labels]).cast_column(image, datasets.Image(decode=False))
+    ids = pd.Series([f"{prefix}{i:06d}" for i in range(len(data))])
+    paths = [_image_file(row[image], home) for row in data]
+    if None in paths:
+        raise DataError(f"{source}: row {paths.index(None)} has no {image}")
+    values = [read_labels(pd.Series(data[c][:], name=c), source, ids, binary=False) for c in labels]
+    return face_table(ids, home, *values).assign(path=paths)
+
+# %% ../../nbs/04_data/04_hub.ipynb #ff33e2b7
 def _streamed(data, source, image: str, labels: list[str], home: Path):
     "The wanted columns of a data set that comes as a stream, which is gone through once; its images become files."
     import datasets
@@ -66,23 +83,6 @@ def _streamed(data, source, image: str, labels: list[str], home: Path):
         raise DataError(f"{source}: the stream holds no rows")
     features = datasets.Features({image: datasets.Image(), **{c: known[c] for c in labels}}) if {*labels} <= {*known} else None
     return datasets.Dataset.from_list(rows, features=features)
-
-
-def _split_table(data, source, prefix: str, image: str, labels: list[str], home: Path) -> pd.DataFrame:
-    "Face table of one split."
-    import datasets
-    if isinstance(data, datasets.IterableDataset):
-        data = _streamed(data, source, image, labels, home)
-    for column in (image, *labels):
-        if column not in data.column_names:
-            raise unknown_name(source, "column", column, data.column_names)
-    data = data.select_columns([image, *labels]).cast_column(image, datasets.Image(decode=False))
-    ids = pd.Series([f"{prefix}{i:06d}" for i in range(len(data))])
-    paths = [_image_file(row[image], home) for row in data]
-    if None in paths:
-        raise DataError(f"{source}: row {paths.index(None)} has no {image}")
-    values = [read_labels(pd.Series(data[c][:], name=c), source, ids, binary=False) for c in labels]
-    return face_table(ids, home, *values).assign(path=paths)
 
 # %% ../../nbs/04_data/04_hub.ipynb #df43d6c7
 def huggingface(

@@ -104,7 +104,7 @@ def standby(folder: Path) -> Path:
         home = Path(tempfile.mkdtemp(prefix="aimfair-cache-"))
     return home / folder.name
 
-
+# %% ../../nbs/04_data/03_images.ipynb #7ad4dc1d
 @lru_cache
 def _say_once(text: str) -> None:
     warnings.warn(text, DataWarning, stacklevel=6)
@@ -140,6 +140,14 @@ def write_shard(home: Path, keys: list[str], images: np.ndarray) -> None:
         (aside / "keys.json").write_text(json.dumps(keys), encoding="utf-8")
 
 
+def _shards(home: Path) -> list[Path]:
+    "The shards of a cache; none of one that is not there, or belongs to somebody else."
+    try:
+        return sorted(home / name for name in os.listdir(home) if name.startswith("shard-"))
+    except OSError:
+        return []
+
+
 def read_shard(shard: Path, wanted) -> tuple[np.ndarray, dict[str, int]] | None:
     "The images of a shard and the rows of the wanted keys; None where it has none, or was damaged from outside."
     try:
@@ -151,14 +159,6 @@ def read_shard(shard: Path, wanted) -> tuple[np.ndarray, dict[str, int]] | None:
     return (images, rows) if rows and len(images) == len(keys) else None
 
 # %% ../../nbs/04_data/03_images.ipynb #cd07b8b8
-def _shards(home: Path) -> list[Path]:
-    "The shards of a cache; none of one that is not there, or belongs to somebody else."
-    try:
-        return sorted(home / name for name in os.listdir(home) if name.startswith("shard-"))
-    except OSError:
-        return []
-
-
 class _Cache:
     "The wanted part of the decoded images of one size: append-only shards, found by file key."
     def __init__(self, home: Path, wanted):

@@ -85,18 +85,6 @@ class InProcess:
         pass
 
 # %% ../../nbs/17_repro/07_scheduler.ipynb #364f0117
-def _start_worker(held_open):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def end_with_parent():
-        try:
-            held_open.recv()
-        except EOFError:
-            os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
 class _Worker(SpawnProcess):
     "A process that does not know the script which started it, and so cannot run it again."
     @staticmethod
@@ -110,6 +98,18 @@ class _Worker(SpawnProcess):
 
 class _Workers(SpawnContext):
     Process = _Worker
+
+# %% ../../nbs/17_repro/07_scheduler.ipynb #11492fcb
+def _start_worker(held_open):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent():
+        try:
+            held_open.recv()
+        except EOFError:
+            os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 class Processes:

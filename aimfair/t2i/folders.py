@@ -44,7 +44,7 @@ def _json_lines(file):
             rows |= {number: row} if row else {}
     return pd.DataFrame(list(rows.values()), index=list(rows))
 
-
+# %% ../../nbs/07_t2i/02_folders.ipynb #529bfd26
 def _text_table(
     file: Path,  # JSON lines, parquet, or values between commas, semicolons or tabs
 ) -> pd.DataFrame:  # its index is the number of a row's line
@@ -182,7 +182,7 @@ def _pixel_facts(path, sizes=None):
     except Exception:  # what cannot be decoded is told where it is loaded
         return None
 
-
+# %% ../../nbs/07_t2i/02_folders.ipynb #d4eb4b79
 def _same_content(
     images: Sequence[str],  # paths
     files: Iterable[str | Path],  # of images that are to be left out
@@ -225,6 +225,22 @@ def _left_out(
     return why
 
 # %% ../../nbs/07_t2i/02_folders.ipynb #ce2fab1b
+def _tell_left_out(why, exclude, root, progress):
+    "Say how many images stay out, and by what. Raises `DataError` where none is left."
+    if isinstance(exclude, list | tuple) and not exclude:
+        return
+    source = exclude if isinstance(exclude, str | Path) else f"{len(exclude)} names"
+    parts = listed(f"{sum(why == by)} by {by}" for by in ("path", "name", "content") if sum(why == by))
+    told = f"{root}: {sum(why != '')} of {len(why)} images are left out, as {source} says: {parts}"
+    if all(why != ""):
+        raise DataError(f"{told}; no images are left to learn from")
+    if not parts:
+        warnings.warn(f"{root}: none of its {len(why)} images is left out: {source} names none of them and holds no copy of one",
+                      DataWarning, stacklevel=3)
+    elif progress:
+        print(told, file=sys.stderr)
+
+# %% ../../nbs/07_t2i/02_folders.ipynb #79ea676b
 def captioned_faces(
     root: str | Path,  # CelebA's layout, or a folder with captions
     *, size: int = 64,
@@ -245,19 +261,3 @@ def captioned_faces(
     _tell_left_out(why, exclude, root, progress)
     faces = load_faces(table[why == ""], size=size, cache=cache, progress=progress)
     return faces.gather(slice(None)).numpy(), [captions[i] for i in faces.ids]
-
-
-def _tell_left_out(why, exclude, root, progress):
-    "Say how many images stay out, and by what. Raises `DataError` where none is left."
-    if isinstance(exclude, list | tuple) and not exclude:
-        return
-    source = exclude if isinstance(exclude, str | Path) else f"{len(exclude)} names"
-    parts = listed(f"{sum(why == by)} by {by}" for by in ("path", "name", "content") if sum(why == by))
-    told = f"{root}: {sum(why != '')} of {len(why)} images are left out, as {source} says: {parts}"
-    if all(why != ""):
-        raise DataError(f"{told}; no images are left to learn from")
-    if not parts:
-        warnings.warn(f"{root}: none of its {len(why)} images is left out: {source} names none of them and holds no copy of one",
-                      DataWarning, stacklevel=3)
-    elif progress:
-        print(told, file=sys.stderr)

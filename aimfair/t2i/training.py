@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import append_lines, digest
+from ..core import append_lines, digest, user_path
 from ..device import autocast, evaluating, pick_device, seeded
 from .autoencoder import latents_of, train_autoencoder
 from .captions import DRAWN_SEED, drawn_faces
@@ -124,7 +124,7 @@ def train_t2i(
     A run that was killed goes on from its checkpoint. Raises `ValueError` for images of another size, captions that don't match, or
     a folder that holds another run.
     """
-    config, device, work = config or T2IConfig(size=images.shape[-1]), pick_device(device), Path(out) / "training"
+    config, device, work = config or T2IConfig(size=images.shape[-1]), pick_device(device), user_path(out) / "training"
     per_face, flat = _check_captions(images, captions, config), [c for some in captions for c in some]
     vae = train_autoencoder(images, config=config, out=work, seed=seed, device=device, progress=progress)
     pipeline = _new_pipeline(flat, vae, config, seed, device)
@@ -165,4 +165,4 @@ def train_command(
         images, captions = captioned_faces(data, size=config.size, exclude=exclude or (), seed=seed, progress=progress)
     mirror = data != "drawn" if mirror is None else mirror
     train_t2i(images, captions, out=out, config=config, mirror=mirror, seed=seed, device=device, progress=progress)
-    return Path(out)
+    return user_path(out)
