@@ -153,7 +153,7 @@ def main(
 ) -> int:  # 1 where something became slower
     "What `make bench` does."
     file = Path(file)
-    old = json.loads(file.read_text()) if file.is_file() else None
+    old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     now = bench()
     table = compared(now, pd.DataFrame(old["stages"]).T if old else None)
     print("\n" + table.round(3).to_string())

@@ -6,6 +6,7 @@
 __all__ = ['pick_device', 'autocast', 'seeded', 'stream_seed', 'evaluating']
 
 # %% ../nbs/01_device.ipynb #e99cc85e
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -14,25 +15,34 @@ import torch
 from torch import nn
 
 # %% ../nbs/01_device.ipynb #226f46ac
+_ALSO = {**dict.fromkeys(["", "auto", "best", "default", "none"]), "nvidia": "cuda", "rocm": "cuda", "hip": "cuda", "metal": "mps"}
+
+
 def _there(kind):
-    "How many devices of a kind there are."
-    return {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, 1)
+    "How many devices of a kind there are; none of a kind that computes nothing, such as meta."
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    return getattr(getattr(torch, kind, None), "device_count", int)()
 
 
 def pick_device(
-    device: str | int | torch.device | None = None,  # "cpu", "cuda", "cuda:1" or 1, "mps", "gpu" for any GPU; None picks the best there is
+    device: str | int | torch.device | None = None,  # "cpu", "cuda", "cuda:1" or 1, "mps", "gpu" for any; None or "auto": the best there is
 ) -> torch.device:
     "The named device, or a CUDA GPU, Apple's GPU, the CPU, whichever exists first. Raises `ValueError` for one that is not there."
     best = next(kind for kind in ("cuda", "mps", "cpu") if _there(kind))
-    word = str(best if device is None else device).strip().lower()
-    if word == "gpu":
-        word = best if best != "cpu" else "cuda"
+    word = "auto" if device is None else " ".join(str(device).lower().split())
+    parts = re.fullmatch(r"([a-z_]*)[: ]?(\d*)", "cpu" if word == "-1" else word)  # transformers counts the CPU as -1
+    kind, number = parts.groups() if parts else (word, "")
+    if kind == "gpu" or (number and not kind):
+        kind = best if best != "cpu" else "cuda"
+    kind = _ALSO.get(kind, kind) or best
     try:
-        found = torch.device(f"cuda:{word}" if word.isdecimal() else word)
+        found = torch.device(kind, int(number)) if number else torch.device(kind)
     except RuntimeError:
         raise ValueError(f"device is {str(device)!r}; expected cpu, cuda, cuda:1 (or 1), mps or gpu") from None
-    if (found.index or 0) >= _there(found.type):
-        raise ValueError(f"device is {str(device)!r}, which this machine has not (or PyTorch does not see); cpu is always there")
+    if (found.index or 0) >= (there := _there(found.type)):
+        seen = f"; of {found.type} there is {there}, counted from 0" if there else " (or PyTorch does not see); cpu is always there"
+        raise ValueError(f"device is {str(device)!r}, which this machine has not{seen}")
     return found
 
 # %% ../nbs/01_device.ipynb #d92c9ab6

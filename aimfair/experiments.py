@@ -11,19 +11,20 @@ __all__ = ['NOTEBOOK_SECONDS', 'DIFFERENCES', 'compute', 'work_bar', 'time_taken
 # %% ../nbs/18_experiments.ipynb #8f7200b3
 import sys
 import threading
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .core import in_words, write_whole
+from .core import in_words, listed, user_path, write_whole
 from .repro.catalogue import COMPARISON, EXPERIMENTS, METHODS, STRATEGIES, find_method, rows
 from .repro.notebooks import NotebookParameters, read_parameters, side_by_side
 from .repro.plan import Plan, make_plan, n_workers, summary
 from .repro.progress import WorkBar
 from .repro.profiles import Profile, full_name, load_profile, paper_seeds, profiles, settings_of
 from .repro.results import Results, as_toml, choices_made
-from .repro.scheduler import InProcess, Processes, run_jobs
+from .repro.scheduler import InProcess, Processes, of_the_script, run_jobs
 from .repro.store import Store
 from .report import Section, write_html_report
 
@@ -41,6 +42,10 @@ def compute(
     "Make what a plan lacks."
     if not plan.missing:
         return {}
+    if workers > 1 and (own := of_the_script(plan.missing.values())):
+        warnings.warn(f"computed in one process: {listed(own)} is defined in the script itself, where workers do not find it; a module of "
+                      "its own would let them", stacklevel=2)
+        workers = 1
     executor = Processes(min(workers, len(plan.missing))) if workers > 1 else InProcess()
     return run_jobs(plan.missing, plan.seconds, plan.store.root, executor, advance, plan.waves)
 
@@ -105,7 +110,7 @@ def from_notebook(
     "Check a notebook's parameters, then compute what is missing of its experiment. Raises `ValueError` for an unknown or ill-typed one."
     p = read_parameters(namespace)
     done = results(name, p.profile, seeds=p.seeds, settings=p.settings, store=p.store, progress=progress)
-    done.out, done.aggregation = Path(p.out), p.aggregation
+    done.out, done.aggregation = user_path(p.out), p.aggregation
     return done
 
 # %% ../nbs/18_experiments.ipynb #3c863de2
@@ -228,10 +233,10 @@ def reproduce(
 
     Raises `ValueError` for anything unknown before it starts.
     """
-    store = Path(store or "runs").resolve()
+    store = user_path(store or "runs").resolve()
     NotebookParameters(aggregation=aggregation)
     plan, left_out = make_plan(profile, only, seeds=seeds, settings=settings, store=store)
-    workers, out = n_workers(workers, plan.profile.run.threads), Path(out or store / "results" / plan.profile.name).resolve()
+    workers, out = n_workers(workers, plan.profile.run.threads), user_path(out or store / "results" / plan.profile.name).resolve()
     done = Reproduction(plan, left_out=left_out, made=len(plan.missing))
     out.mkdir(parents=True, exist_ok=True)
     if progress:

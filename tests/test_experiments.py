@@ -579,7 +579,7 @@ class TestScheduler:
     @pytest.mark.slow
     def test_a_worker_that_is_killed_is_told_in_one_line(self, tmp_path):
         plan = self.plan(tmp_path)
-        with pytest.raises(RuntimeError, match="a worker process was killed, perhaps for want of memory"):
+        with pytest.raises(ChildProcessError, match="a worker process was killed, perhaps for want of memory"):
             run_jobs({"x": Doomed()}, {"x": 1.0}, plan.store.root, Processes(1))
 
 

@@ -281,12 +281,97 @@ def test_the_command_leaves_out_images_in_subfolders(nested, exclude, images):
 
 
 def test_names_to_exclude_that_none_has_are_told(nested):
-    with pytest.warns(DataWarning, match="none of the 1 names to exclude is among its 4 images"):
+    with pytest.warns(DataWarning, match="none of its 4 images is left out: 1 names names none of them"):
         t2i.captioned_faces(nested / "data", size=16, exclude=["9.png"], cache=nested / "cache")
     with pytest.raises(DataError, match="no images are left"):
         t2i.captioned_faces(nested / "data", size=16, exclude=["0.png", "1.png", "2.png"], cache=nested / "cache")
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="no folder or file"):
         t2i.train_command(str(nested / "data"), out=nested / "out", exclude=nested / "nowhere")
+
+
+def paint(file, i, size=(16, 16)):
+    "A picture of noise, another for every number."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), np.uint8)).save(file)
+    return file
+
+
+@pytest.fixture
+def painted(tmp_path):
+    "Six pictures in data/train, and their captions as Hugging Face's imagefolder has them."
+    for i in range(6):
+        paint(tmp_path / f"data/train/{i}.png", i)
+    rows = [{"file_name": f"{i}.png", "text": f"face {i}"} for i in range(6)]
+    (tmp_path / "data/train/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def kept_of(folder, **options):
+    return [some[0] for some in t2i.captioned_faces(folder / "data", size=16, cache=folder / "cache", **options)[1]]
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "bmp", "turned.png"])
+def test_copies_stay_out_whatever_their_name_and_form(painted, kind):
+    "The same pixels saved without loss, and upright only by what its EXIF block says."
+    image = Image.open(painted / "data/train/3.png")
+    if kind == "turned.png":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image.transpose(Image.Transpose.ROTATE_90).save(paint(painted / "test/other.png", 0), exif=exif)
+    else:
+        image.save(paint(painted / f"test/other.{kind}", 0), **({"compress_level": 0} if kind == "png" else {}))
+    paint(painted / "test/new.png", 77)
+    paint(painted / "test/large.png", 3, (32, 32))
+    assert kept_of(painted, exclude=painted / "test") == [f"face {i}" for i in (0, 1, 2, 4, 5)]
+
+
+def test_a_copy_within_the_folder_goes_with_its_original(painted):
+    shutil.copy(painted / "data/train/2.png", painted / "data/train/5.png")
+    assert kept_of(painted, exclude=["train/2.png"]) == [f"face {i}" for i in (0, 1, 3, 4)]
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("list.txt", "0.png\r\ntrain/4.png\r\n"), ("list", "0\n\n4\n"), ("test.csv", "image_id,target\n0.png,1\n4.png,0\n"),
+    ("test.tsv", "label\tfile_name\n1\ttrain\\0.png\n0\t4.png\n"), ("odd.csv", "Bild;x\n0.png;1\n4;2\n"),
+    ("test.jsonl", '{"file_name": "/once/train/0.png"}\n{"file_name": "data/train/4.png"}\n')])
+def test_images_to_leave_out_are_listed_in_a_file(painted, name, text):
+    (painted / name).write_bytes(text.encode("utf-16" if name == "odd.csv" else "utf-8"))
+    assert kept_of(painted, exclude=painted / name) == [f"face {i}" for i in (1, 2, 3, 5)]
+
+
+def test_what_is_left_out_is_said_in_a_line(painted, capsys):
+    shutil.copy(painted / "data/train/5.png", painted / "copy.png")
+    (painted / "out.txt").write_text("train/0.png\n1.png\ncopy.png\n")
+    assert len(kept_of(painted, exclude=painted / "out.txt", progress=True)) == 3
+    assert re.search(r"^\S*/data: 3 of 6 images are left out, as \S*out.txt says: 1 by path, 1 by name, 1 by content$",
+                     capsys.readouterr().err, re.MULTILINE)
+
+
+def test_captions_of_every_split_and_form_come_together(painted):
+    "A table in a split, one of the whole folder, one in another split, and texts beside images."
+    for name in ("val/a.png", "test/deep/b.png", "test/deep/c.png"):
+        paint(painted / "data" / name, ord(name[-5]))
+    (painted / "data/val/metadata.csv").write_text("Image;Prompt\na.png;a; b\n".replace("a; b", '"a; b"'), encoding="utf-8-sig")
+    (painted / "data/test/deep/b.txt").write_text("beside")
+    (painted / "data/test/deep/c.txt").write_bytes("Größe".encode("cp1252"))
+    assert kept_of(painted) == ["beside", "Größe", *(f"face {i}" for i in range(6)), "a; b"]
+    (painted / "data/metadata.csv").write_text("file_name,caption\ntrain/0.png,once more\n")
+    captions = t2i.captioned_faces(painted / "data", size=16, cache=painted / "cache")[1]
+    assert len(captions) == 7 and ["once more", "face 0"] in [sorted(c, reverse=True) for c in captions]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("metadata.jsonl", '{"file_name": "0.png", "text": "a"}\n{"file_name"', r"metadata.jsonl, line 2: not readable as JSON"),
+    ("metadata.jsonl", '["0.png", "a"]\n', r"metadata.jsonl, line 1: .* is not an object"),
+    ("metadata.jsonl", '\n{"file_name": "9.png", "text": "a"}\n', r"metadata.jsonl, line 2: no image '9.png'"),
+    ("metadata.csv", "file_name,text\n0.png,a\n8.png,b\n9.png,c\n", r"metadata.csv, line 3: no image '8.png' \(2 of 3 rows"),
+    ("metadata.csv", "file_name,label\n0.png,a\n", r"metadata.csv: has the columns file_name, label; expected one of .*caption"),
+    ("metadata.csv", "file_name,text\n0.png,a\n1.png,b,c,d\n", r"metadata.csv: cannot be read as a table: .*line 3")])
+def test_a_mistake_in_a_table_is_told_by_file_and_line(painted, name, content, said):
+    (painted / "data/train/metadata.jsonl").unlink()
+    (painted / "data/train" / name).write_text(content)
+    with pytest.raises(DataError, match=said):
+        kept_of(painted)
 
 
 def test_folders_without_captions_are_told(folder, tmp_path):

@@ -6,6 +6,7 @@
 __all__ = ['as_line', 'explain']
 
 # %% ../../nbs/19_cli/01_errors.ipynb #bb67bb1d
+import errno
 import sys
 from urllib.error import URLError
 
@@ -46,7 +47,8 @@ def _of_network(error):
 def _os_error(error):
     "Exit code and message of a failed operation on files."
     text = f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}" if error.filename and error.strerror else as_line(error)
-    return (2 if isinstance(error, _MENDABLE) or not error.errno else 1), text
+    mendable = isinstance(error, _MENDABLE) or error.errno in (None, errno.EROFS)
+    return (2 if mendable and not isinstance(error, ChildProcessError) else 1), text
 
 
 def _missing_package(error):

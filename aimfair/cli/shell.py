@@ -5,10 +5,13 @@
 # %% ../../nbs/19_cli/02_shell.ipynb #a917288a
 from __future__ import annotations
 
+import codecs
 import os
+import re
 import sys
 import traceback
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +23,8 @@ from ..core import parse_ratio, unknown
 from .errors import as_line, explain
 
 # %% auto #0
-__all__ = ['app', 'data_app', 'prompts_app', 't2i_app', 'Settings', 'Store', 'Seed', 'Device', 'Style', 'Generator', 'main',
-           'option', 'ratio', 'require', 'choose', 'parse_settings']
+__all__ = ['app', 'data_app', 'prompts_app', 't2i_app', 'Settings', 'Store', 'Seed', 'Device', 'Style', 'Generator', 'spelt_out',
+           'any_terminal', 'main', 'option', 'ratio', 'require', 'choose', 'parse_settings']
 
 # %% ../../nbs/19_cli/02_shell.ipynb #638bdf06
 _PLAIN = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False,
@@ -85,6 +88,41 @@ def _report(error, debug):
     return reason[0]
 
 # %% ../../nbs/19_cli/02_shell.ipynb #0734e64a
+def spelt_out(
+    word: str,  # of a command line
+) -> str:
+    "A word whose `~` the shell has left alone: that of `--out=~/runs` or `--set data.root=~/faces`."
+    found = re.fullmatch(r"((?:[\w.-]+=)*)(~[\w.-]*(?:[/\\].*)?)", word, re.DOTALL)
+    return found[1] + os.path.expanduser(found[2]) if found else word
+
+# %% ../../nbs/19_cli/02_shell.ipynb #bb6e38a0
+_PLAINLY = {"±": "+-", "–": "-", "—": "-", "−": "-", "×": "x", "→": "->", "…": "...", "█": "#"}
+
+
+def _plainly(error):
+    "What a terminal's encoding has no letters for, in ASCII."
+    letters = error.object[error.start:error.end]
+    return "".join(_PLAINLY.get(c) or c.encode("ascii", "backslashreplace").decode() for c in letters), error.end
+
+
+codecs.register_error("aimfair.plainly", _plainly)
+
+
+@contextmanager
+def any_terminal():
+    "Inside the block, output never fails for want of letters, such as those of a name that is no Unicode."
+    streams = [s for s in (sys.stdout, sys.stderr) if hasattr(s, "reconfigure")]
+    before = [s.errors for s in streams]
+    for stream in streams:
+        stream.reconfigure(errors="aimfair.plainly")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            if not stream.closed:
+                stream.reconfigure(errors=errors)
+
+# %% ../../nbs/19_cli/02_shell.ipynb #1b5f1f2c
 def main(
     arguments: list[str] | None = None,  # words after `aimfair`; by default those of the command line
 ) -> int:  # exit code: 0 fine, 1 failed, 2 a wrong call, 130 interrupted
@@ -92,7 +130,16 @@ def main(
     words = list(sys.argv[1:] if arguments is None else arguments)
     usual, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
-        code = _run([w for w in words if w != "--debug"])
+        with any_terminal():
+            return _checked(words)
+    finally:
+        warnings.formatwarning = usual
+
+
+def _checked(words):
+    "Run a command, and tell what went wrong."
+    try:
+        code = _run([spelt_out(w) for w in words if w != "--debug"])
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
@@ -100,8 +147,6 @@ def main(
         return 1
     except BaseException as error:
         return _report(error, debug="--debug" in words or os.environ.get("AIMFAIR_DEBUG", "0") not in ("", "0"))
-    finally:
-        warnings.formatwarning = usual
 
 # %% ../../nbs/19_cli/02_shell.ipynb #2af14652
 def option(metavar, text, *names, **rules):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..groups import Names, names_of, recoded, shared_names, with_names
-from ..core import DataError, one_line, write_whole
-from .images import cache_folder
+from ..core import DataError, one_line, user_path, write_whole
+from .images import cache_folder, writable
 from .reading import face_table, read_classes, read_splits, unknown_name
+from ..groups import Names, names_of, recoded, shared_names, with_names
 
 # %% ../../nbs/04_data/04_hub.ipynb #362b9ed9
 def _load(source, options: dict):
@@ -23,11 +23,17 @@ def _load(source, options: dict):
         import datasets
     except ImportError as error:
         raise ImportError("Hugging Face data sets need the extra: pip install 'aimfair[hub]'") from error
-    if isinstance(source, datasets.Dataset | datasets.DatasetDict):
+    if isinstance(source, datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict):
         return source
-    saved = any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    source = user_path(source) if str(source).startswith("~") else source
+    if any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        load, options = datasets.load_from_disk, {}
+    else:
+        kept = Path(datasets.config.HF_DATASETS_CACHE)
+        load = datasets.load_dataset
+        options = {"cache_dir": str(writable(kept, "what Hugging Face's datasets keeps", "set HF_HOME=FOLDER")), **options}
     try:
-        return datasets.load_from_disk(str(source)) if saved else datasets.load_dataset(str(source), **options)
+        return load(str(source), **options)
     except Exception as error:
         raise DataError(f"{source}: cannot be loaded as a Hugging Face data set: {one_line(error)}") from error
 
@@ -55,6 +61,8 @@ def _label_values(data, column, source, ids, missing):
 def _split_table(data, source, prefix: str, image: str, labels: list[str], home: Path) -> pd.DataFrame:
     "Face table of one split."
     import datasets
+    if isinstance(data, datasets.IterableDataset):
+        data = _streamed(data, source, image, labels, home)
     for column in (image, *labels):
         if column not in data.column_names:
             raise unknown_name(source, "column", column, data.column_names)
@@ -67,22 +75,45 @@ def _split_table(data, source, prefix: str, image: str, labels: list[str], home:
     names = Names(*(words for _, words, _ in found), fixed=any(own for _, words, own in found if words))
     return face_table(ids, home, *(numbers for numbers, _, _ in found), names=names).assign(path=paths)
 
+# %% ../../nbs/04_data/04_hub.ipynb #ff33e2b7
+def _streamed(data, source, image: str, labels: list[str], home: Path):
+    "The wanted columns of a data set that comes as a stream, which is gone through once; its images become files."
+    import datasets
+    import fsspec
+    known = data.features or {}
+    if isinstance(known.get(image), datasets.Image):
+        data = data.cast_column(image, datasets.Image(decode=False))
+    rows = []
+    for row in data:
+        for column in (image, *labels):
+            if column not in row:
+                raise unknown_name(source, "column", column, list(row))
+        item = None if row[image] is None else datasets.Image().encode_example(row[image])
+        if item and not item["bytes"] and "://" in item["path"]:  # in an archive, or on the hub
+            with fsspec.open(item["path"], "rb") as f:
+                item["bytes"] = f.read()
+        rows.append({image: _image_file(item, home), **{c: row[c] for c in labels}})
+    if not rows:
+        raise DataError(f"{source}: the stream holds no rows")
+    features = datasets.Features({image: datasets.Image(), **{c: known[c] for c in labels}}) if {*labels} <= {*known} else None
+    return datasets.Dataset.from_list(rows, features=features)
+
 # %% ../../nbs/04_data/04_hub.ipynb #df43d6c7
 def huggingface(
-    source,  # a local path (saved data set, image folder, parquet files), a name on the hub, or a `datasets` object
+    source,  # a local path (saved data set, image folder, parquet files), a name on the hub, or a `datasets` object, also a stream
     *, image: str = "image",  # column with the images
     target: str = "label",  # column with the target: class labels, words, -1/1, 0/1, booleans or class numbers
     protected: str | None = None,  # column with the protected attribute, likewise; None: unknown
     cache=None,  # folder for images that are stored inside the data set; None: as `load_faces`
-    **options,  # passed to `datasets.load_dataset`, such as name= or revision=
+    **options,  # passed to `datasets.load_dataset`, such as name=, revision= or streaming=True
 ) -> pd.DataFrame:  # face table; ids are row numbers, split is train, val or test where the data set has splits
     "A Hugging Face data set as a face table. Raises `DataError`, and `ImportError` without the extra `hub`."
     data = _load(source, options)
     source = source if isinstance(source, str | Path) else "data set"
     labels = [target] + ([protected] if protected else [])
-    tables = []
+    tables, home = [], writable(cache_folder(cache) / "hub")
     for name, part in (data if isinstance(data, dict) else {"": data}).items():
-        rows = _split_table(part, source, f"{name}/" if name else "", image, labels, cache_folder(cache) / "hub")
+        rows = _split_table(part, source, f"{name}/" if name else "", image, labels, home)
         tables.append(rows.assign(split=read_splits(pd.Series([name] * len(rows)), source)) if name else rows)
     names = shared_names({f"split {i}": names_of(t) for i, t in enumerate(tables)})
     table = pd.concat([recoded(t, names) for t in tables], ignore_index=True)

@@ -5,21 +5,24 @@
 # %% ../../nbs/04_data/03_images.ipynb #25f2a108
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+from ..core import DataError, DataWarning, cores, listed, one_line, progress_bar, user_path, whole_folder
 from ..groups import Names, names_of
-from ..core import DataError, DataWarning, cores, listed, one_line, progress_bar, whole_folder
 
 # %% auto #0
 __all__ = ['cache_folder', 'Faces', 'load_faces']
@@ -81,15 +84,51 @@ def cache_folder(
     cache: str | Path | None = None,  # None: $AIMFAIR_CACHE, or ~/.cache/aimfair
 ) -> Path:
     "Where decoded images are kept."
-    default = os.environ.get("AIMFAIR_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aimfair"
-    return Path(cache or default)
+    default = os.environ.get("AIMFAIR_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "aimfair"
+    return user_path(cache or default)
 
 
 def _file_key(path: str) -> str:
     "Changes whenever the file does."
     full = os.path.abspath(path)
     facts = os.stat(full)
-    return hashlib.blake2b(f"{full}\0{facts.st_size}\0{facts.st_mtime_ns}".encode(), digest_size=16).hexdigest()
+    facts = f"{full}\0{facts.st_size}\0{facts.st_mtime_ns}".encode(errors="surrogateescape")
+    return hashlib.blake2b(facts, digest_size=16).hexdigest()
+
+# %% ../../nbs/04_data/03_images.ipynb #b2846642
+def standby(folder: Path) -> Path:
+    "Where a cache is kept while nothing can be written to its own folder. Raises `FileNotFoundError` where no temporary folder is."
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    home = Path(tempfile.gettempdir()) / f"aimfair-cache-{user}"
+    home.mkdir(mode=0o700, exist_ok=True)
+    if hasattr(os, "getuid") and home.lstat().st_uid != user:  # somebody else took the name
+        home = Path(tempfile.mkdtemp(prefix="aimfair-cache-"))
+    return home / folder.name
+
+# %% ../../nbs/04_data/03_images.ipynb #7ad4dc1d
+@lru_cache
+def _say_once(text: str) -> None:
+    warnings.warn(text, DataWarning, stacklevel=6)
+
+
+def writable(
+    folder: Path,
+    what: str = "the cache of decoded images",
+    how: str = "set AIMFAIR_CACHE=FOLDER",  # to choose another
+) -> Path:
+    "The folder, made where it is missing; where nothing can be written there, another one, and a warning."
+    try:
+        if folder.parts[:1] == ("~",):
+            raise FileNotFoundError(errno.ENOENT, "nobody knows this user's home folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as f:
+            f.write(bytes(4096))
+        return folder
+    except OSError as error:
+        instead = standby(folder)
+        instead.mkdir(parents=True, exist_ok=True)
+        _say_once(f"{folder.parent} cannot hold {what} ({error.strerror}): it goes to {instead.parent} for now; to choose a folder, {how}")
+        return instead
 
 # %% ../../nbs/04_data/03_images.ipynb #9d675c74
 def write_shard(home: Path, keys: list[str], images: np.ndarray) -> None:
@@ -99,13 +138,21 @@ def write_shard(home: Path, keys: list[str], images: np.ndarray) -> None:
             np.save(f, images)
             f.flush()
             os.fsync(f.fileno())
-        (aside / "keys.json").write_text(json.dumps(keys))
+        (aside / "keys.json").write_text(json.dumps(keys), encoding="utf-8")
+
+
+def _shards(home: Path) -> list[Path]:
+    "The shards of a cache; none of one that is not there, or belongs to somebody else."
+    try:
+        return sorted(home / name for name in os.listdir(home) if name.startswith("shard-"))
+    except OSError:
+        return []
 
 
 def read_shard(shard: Path, wanted) -> tuple[np.ndarray, dict[str, int]] | None:
     "The images of a shard and the rows of the wanted keys; None where it has none, or was damaged from outside."
     try:
-        keys = json.loads((shard / "keys.json").read_text())
+        keys = json.loads((shard / "keys.json").read_text(encoding="utf-8"))
         rows = {key: row for row, key in enumerate(keys) if key in wanted}
         images = np.load(shard / "images.npy", mmap_mode="r") if rows else ()
     except (OSError, ValueError, EOFError):
@@ -117,13 +164,13 @@ class _Cache:
     "The wanted part of the decoded images of one size: append-only shards, found by file key."
     def __init__(self, home: Path, wanted):
         self.home, self.wanted = home, wanted
-        self.shards, self.where, self._seen = [], {}, set()  # arrays; key -> (shard, row); folder names
+        self.shards, self.where, self._seen = [], {}, set()  # arrays; key -> (shard, row); folders
 
     def refresh(self) -> _Cache:
         "Take in shards that this or another process has finished."
-        for shard in sorted(self.home.glob("shard-*")):
-            found = None if shard.name in self._seen else read_shard(shard, self.wanted)
-            self._seen.add(shard.name)
+        for shard in _shards(self.home):
+            found = None if shard in self._seen else read_shard(shard, self.wanted)
+            self._seen.add(shard)
             if found:
                 self.where.update({key: (len(self.shards), row) for key, row in found[1].items()})
                 self.shards.append(found[0])
@@ -149,7 +196,7 @@ def _fill(cache: _Cache, size: int, progress: bool) -> dict[str, str]:
     if not cache.refresh().missing():
         return {}
     from filelock import FileLock
-    cache.home.mkdir(parents=True, exist_ok=True)
+    cache.home = writable(cache.home)
     with FileLock(cache.home / "lock"):  # a second process waits, and finds the work done
         cache.tidy()
         bad = _decode_missing(cache, cache.refresh().missing(), size, progress)

@@ -91,7 +91,7 @@ class _Checkpoint:
         if self.folder is None:
             return
         identity, file = digest(identity()), self.folder / "run.json"
-        if file.is_file() and json.loads(file.read_text()) != identity:
+        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != identity:
             raise ValueError(f"{self.folder} holds the unfinished work of another run; remove it or name another checkpoint")
         write_whole(file, json.dumps(identity))
 

@@ -32,7 +32,7 @@ def package_versions() -> dict[str, str]:  # {"Python": ..., package: ...}; pack
 def _processor():
     "The processor's model, or its kind."
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return named or platform.processor() or platform.machine()
 

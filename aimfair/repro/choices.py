@@ -78,7 +78,7 @@ class Tune(ProtocolJob):
         table = pd.DataFrame([self._figures(job, store) for job in self.candidates])
         best = best_candidate(table)
         table.assign(chosen=table.index == best).to_csv(folder / "candidates.csv", index=False, lineterminator="\n")
-        (folder / "choice.json").write_text(json.dumps(dict(self.candidates[best].changes), sort_keys=True) + "\n")
+        (folder / "choice.json").write_text(json.dumps(dict(self.candidates[best].changes), sort_keys=True) + "\n", encoding="utf-8")
 
     def table(self, store: Store) -> pd.DataFrame:
         "What each candidate is judged by, and which was chosen."
@@ -86,7 +86,7 @@ class Tune(ProtocolJob):
 
     def chosen(self, store: Store) -> dict[str, Any]:
         "The settings that were chosen, as far as they are not the protocol's."
-        return json.loads((self.run(store) / "choice.json").read_text())
+        return json.loads((self.run(store) / "choice.json").read_text(encoding="utf-8"))
 
 # %% ../../nbs/17_repro/05_choices.ipynb #a7a20a01
 @dataclass(frozen=True)

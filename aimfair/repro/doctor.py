@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..core import cores, in_words
+from ..core import cores, in_words, user_path
 from ..data import celeba, on_disk, utkface
 from ..device import pick_device
 from ..groups import biased_counts, biased_split
@@ -157,7 +157,7 @@ def pipeline_lack(folder: str | Path) -> str | None:
     "What a pipeline folder lacks, or None."
     folder = Path(folder)
     try:
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"model_index.json cannot be read ({type(error).__name__})"
     for name, value in index.items():
@@ -309,7 +309,7 @@ def disk_row(
     store: str | Path,
 ) -> dict:
     "Whether the store's disk has room for what is still to come."
-    root = Path(store).absolute()
+    root = user_path(store).absolute()
     there = sum(f.stat().st_size for f in root.rglob("*") if f.is_file()) if root.is_dir() else 0
     place = next(p for p in (root, *root.parents) if p.is_dir())
     free, total = shutil.disk_usage(place).free, sum(needed.values())

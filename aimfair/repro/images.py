@@ -108,7 +108,7 @@ def prompts_of(data: DataSettings, synthetic: SyntheticSettings) -> PromptSet:
     "The prompts of a protocol: the set that is named, or the frozen one of its target and protected attribute."
     world = data.kind if data.kind in ("toy", "utkface") else "celeba"
     usual = "toy-gender-tone" if data.kind == "toy-utkface" else f"{world}-{data.target}-{data.protected}".lower()
-    name = os.path.expandvars(synthetic.prompts) or usual
+    name = os.path.expanduser(os.path.expandvars(synthetic.prompts)) or usual
     return load_prompts(name, style=synthetic.style) if Path(name).is_file() else _frozen_prompts(name, synthetic.style)
 
 
@@ -119,7 +119,7 @@ def _frozen_prompts(name, style):  # every line of a set is checked when it is r
 
 def chosen_generator(synthetic: SyntheticSettings) -> str:
     "The generator of a protocol: bundled, a folder or a hub id."
-    return os.path.expandvars(synthetic.generator or "bundled")
+    return os.path.expanduser(os.path.expandvars(synthetic.generator or "bundled"))
 
 
 @lru_cache(maxsize=8)
@@ -151,7 +151,7 @@ def generator_folder(
 
 def recommended(folder: Path | None) -> tuple[int, int]:  # steps, pixels of a side
     "What a generator's folder suggests for rendering; Stable Diffusion's 50 steps at 512 px where it says nothing."
-    about = json.loads((folder / "aimfair.json").read_text()) if folder and (folder / "aimfair.json").is_file() else {}
+    about = json.loads((folder / "aimfair.json").read_text(encoding="utf-8")) if folder and (folder / "aimfair.json").is_file() else {}
     return about.get("num_inference_steps", 50), about.get("height", 512)
 
 # %% ../../nbs/17_repro/03_images.ipynb #5598f7d6
@@ -195,7 +195,7 @@ def data_folder(
     setting: str,  # its name, for errors
 ) -> Path:
     "A folder from a setting. Raises `FileNotFoundError`."
-    path = os.path.expandvars(value)
+    path = os.path.expanduser(os.path.expandvars(value))
     if not value or "$" in path:
         raise FileNotFoundError(f"{setting} is {value or 'empty'!r}" + (", whose variable is not set" if value else "")
                                 + f"; name a folder with --set {setting}=FOLDER")

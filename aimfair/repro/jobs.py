@@ -207,7 +207,8 @@ class ModelJob(ProtocolJob):
         states = {"model": fitted.model.state_dict()}
         states |= {f"model-{rule}": best.state for rule, best in fitted.best.items() if rule in RULES and best.epoch != fitted.best_epoch}
         best = {rule: fitted.best[name]._asdict() for rule, name in RULES.items() if name in fitted.best}
-        (folder / "best.json").write_text(json.dumps({rule: {k: b[k] for k in ("epoch", "value")} for rule, b in best.items()}) + "\n")
+        told = {rule: {k: b[k] for k in ("epoch", "value")} for rule, b in best.items()}
+        (folder / "best.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
         for name, state in states.items():
             save_file({k: v.contiguous() for k, v in state.items()}, folder / f"{name}.safetensors")
         for file in folder.glob("checkpoint*"):
@@ -219,7 +220,7 @@ class ModelJob(ProtocolJob):
 
     def best(self, store: Store) -> dict[str, dict]:  # {rule: {epoch, value}}
         "The epoch that each rule chose, and its figure of the validation images."
-        return json.loads((self.run(store) / "best.json").read_text())
+        return json.loads((self.run(store) / "best.json").read_text(encoding="utf-8"))
 
     def history(self, store: Store) -> pd.DataFrame:
         "Loss and accuracies by epoch."

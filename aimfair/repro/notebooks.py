@@ -65,13 +65,17 @@ def own_kernel() -> Iterator[str]:  # its name
         kernel = Path(folder) / "kernels" / "aimfair" / "kernel.json"
         kernel.parent.mkdir(parents=True)
         kernel.write_text(json.dumps({"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"],
-                                      "display_name": "aimfair", "language": "python"}))
-        before = os.environ.get("JUPYTER_PATH")
-        os.environ["JUPYTER_PATH"] = folder + (os.pathsep + before if before else "")
+                                      "display_name": "aimfair", "language": "python"}), encoding="utf-8")
+        own = dict.fromkeys(("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"), folder)
+        before = {name: os.environ.get(name) for name in own}
+        os.environ.update(own)
         try:
             yield "aimfair"
         finally:
-            os.environ.pop("JUPYTER_PATH") if before is None else os.environ.__setitem__("JUPYTER_PATH", before)
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
 
 # %% ../../nbs/17_repro/12_notebooks.ipynb #f942c785
 def execute(

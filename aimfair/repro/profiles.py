@@ -9,13 +9,14 @@ __all__ = ['BaselineSettings', 'DataSettings', 'SyntheticSettings', 'ModelSettin
 
 # %% ../../nbs/17_repro/01_profiles.ipynb #495ce979
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, create_model, field_validator, model_validator
 
 from ..baselines import BASELINES, EditSettings
-from ..core import Settings, SettingsError, asset, did_you_mean, or_none, parse_ratio, read_settings, unknown
+from ..core import Settings, SettingsError, asset, did_you_mean, or_none, parse_ratio, read_settings, unknown, user_path
 from ..finetuning import FINETUNE
 from ..training import TrainConfig
 
@@ -79,6 +80,7 @@ class ModelSettings(Settings):
     weights: str | None = None
 
     _none = field_validator("weights", mode="before")(or_none)
+    _home = field_validator("weights")(lambda value: value and os.path.expanduser(value))
 
 
 class MaskSettings(Settings):
@@ -221,7 +223,7 @@ def load_profile(
     settings: dict[str, Any] | None = None,  # {dotted name: value}; a last part alone will do where only one setting ends so
 ) -> Profile:
     "A profile, with some settings replaced. Raises `ValueError` for an unknown profile or setting or a value out of range."
-    path = profiles().get(str(name), Path(name))
+    path = profiles().get(str(name)) or user_path(name)
     if not path.is_file():
         raise ValueError(f"no profile {str(name)!r}: neither a file nor one of {', '.join(profiles())}")
     content = {"name": path.stem, **read_settings(path)}

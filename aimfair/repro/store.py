@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import pandas as pd
 from filelock import FileLock
 
-from ..core import digest
+from ..core import digest, user_path
 
 # %% ../../nbs/17_repro/02_store.ipynb #10d75ad4
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Store:
         self,
         root: str | Path = "runs",  # made when needed
     ):
-        self.root = Path(root)
+        self.root = user_path(root)
 
     def path(self, artifact: Artifact) -> Path:
         "Where the artifact is, or would be."
@@ -60,7 +60,7 @@ class Store:
 
     def about(self, artifact: Artifact) -> dict[str, Any]:
         "What is noted of an artifact that is there: stage, version, config, inputs, seconds, cost."
-        return json.loads((self.path(artifact) / "artifact.json").read_text())
+        return json.loads((self.path(artifact) / "artifact.json").read_text(encoding="utf-8"))
 
     def get(
         self,
@@ -87,16 +87,16 @@ class Store:
 def _note(folder, artifact, seconds, cost):
     about = {"stage": artifact.stage, "version": artifact.version, "config": artifact.config,
              "inputs": [f"{a.stage}/{a.hash}" for a in artifact.inputs], "seconds": round(seconds, 2), "cost": cost}
-    (folder / "artifact.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    (folder / "artifact.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 # %% ../../nbs/17_repro/02_store.ipynb #938de197
 def stored(
     store: str | Path | Store = "runs",
 ) -> dict[str, dict[str, dict]]:  # {stage: {hash: what is noted of the artifact}}
     "Every artifact of a store."
-    root, found = store.root if isinstance(store, Store) else Path(store), {}
+    root, found = store.root if isinstance(store, Store) else user_path(store), {}
     for file in sorted(root.glob("*/*/artifact.json")):
-        found.setdefault(file.parent.parent.name, {})[file.parent.name] = json.loads(file.read_text())
+        found.setdefault(file.parent.parent.name, {})[file.parent.name] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 # %% ../../nbs/17_repro/02_store.ipynb #2002af72
@@ -104,7 +104,7 @@ def status(
     store: str | Path | Store = "runs",
 ) -> pd.DataFrame:  # a row an artifact: stage, hash, state, seconds it took, size in MB
     "What a store holds. Raises `FileNotFoundError` where there is none."
-    root = store.root if isinstance(store, Store) else Path(store)
+    root = store.root if isinstance(store, Store) else user_path(store)
     if not root.is_dir():
         raise FileNotFoundError(f"no artifact store at {root}; `aimfair reproduce` makes one")
     done = {(stage, hash): about for stage, part in stored(root).items() for hash, about in part.items()}

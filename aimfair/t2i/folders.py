@@ -6,47 +6,118 @@
 __all__ = ['captioned_faces']
 
 # %% ../../nbs/07_t2i/02_folders.ipynb #4bcd7371
+import json
+import os
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, DataWarning
+from ..core import DataError, DataWarning, cores, digest, file_digest, listed, one_line, progress_bar, user_path
 from ..data import celeba, celeba_attributes, is_celeba, is_image, load_faces
+from ..data.images import _rgb, _upright
+from ..data.reading import encoding_of
 from .captions import CAPTIONED_ATTRIBUTES, attribute_captions
 
 # %% ../../nbs/07_t2i/02_folders.ipynb #52b36656
-_CAPTION_FILES = {"metadata.jsonl": lambda p: pd.read_json(p, lines=True), "metadata.csv": pd.read_csv, "captions.csv": pd.read_csv,
-                  "manifest.parquet": pd.read_parquet}
-_FILE_COLUMNS, _TEXT_COLUMNS = ("file_name", "file", "image"), ("text", "caption", "prompt")
+_CAPTION_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.csv", "captions.jsonl", "manifest.parquet")
+_FILE_COLUMNS = ("file_name", "file", "image", "image_file_name", "filename", "image_path", "path", "image_id", "id")
+_TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "description")
 
 
-def _listed_captions(file, read):
-    "File and caption, from a table."
-    frame = read(file)
+def _json_lines(file):
+    "The objects of a file of JSON lines, and the number of each one's line."
+    rows = {}
+    with open(file, encoding=encoding_of(file)) as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line) if line.strip() else None
+            except ValueError as error:
+                raise DataError(f"{file}, line {number}: not readable as JSON: {one_line(error)}") from None
+            if row is not None and not isinstance(row, dict):
+                example = '{"file_name": "0.png", "text": "a face"}'
+                raise DataError(f"{file}, line {number}: {line.strip()[:60]!r} is not an object such as {example}")
+            rows |= {number: row} if row else {}
+    return pd.DataFrame(list(rows.values()), index=list(rows))
+
+# %% ../../nbs/07_t2i/02_folders.ipynb #529bfd26
+def _text_table(
+    file: Path,  # JSON lines, parquet, or values between commas, semicolons or tabs
+) -> pd.DataFrame:  # its index is the number of a row's line
+    "A table, with the names of its columns in small letters. Raises `DataError` that names file and line."
+    if file.suffix == ".jsonl":
+        frame = _json_lines(file)
+    elif file.suffix == ".parquet":
+        frame = pd.read_parquet(file)
+    else:
+        encoding = encoding_of(file)
+        with open(file, encoding=encoding, errors="replace") as lines:
+            separator = max(",;\t", key=lines.readline().count)
+        try:
+            frame = pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False, encoding=encoding, encoding_errors="replace")
+        except ValueError as error:
+            raise DataError(f"{file}: cannot be read as a table: {one_line(error)}") from None
+    frame.index = frame.index if file.suffix == ".jsonl" else frame.index + 2
+    return frame.rename(columns=lambda c: str(c).strip().lower())
+
+# %% ../../nbs/07_t2i/02_folders.ipynb #d74fe79c
+def _image_named(name, folder, root):
+    "The image that a table in `folder` calls `name`: from where it lies, or from the root; None where there is none."
+    name = str(name).strip().replace("\\", "/")
+    return next((p for p in (folder / name, root / name) if name and p.is_file()), None)
+
+
+def _inside(path, root):
+    "A path as it is said from the root."
+    path = Path(os.path.normpath(path))
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
+def _listed_captions(file, root):
+    "File, as it is said from the root, and caption, from a table."
+    frame = _text_table(file)
     columns = [next((c for c in some if c in frame), None) for some in (_FILE_COLUMNS, _TEXT_COLUMNS)]
     if None in columns:
         raise DataError(f"{file}: has the columns {', '.join(frame)}; expected one of {', '.join(_FILE_COLUMNS)} "
                         f"and one of {', '.join(_TEXT_COLUMNS)}")
-    return frame[columns].set_axis(["file", "caption"], axis=1).dropna()
+    frame = frame[columns].set_axis(["file", "caption"], axis=1).explode("caption")
+    frame = frame[frame["caption"].notna() & (frame["caption"].astype(str).str.strip() != "")]
+    images = [_image_named(name, file.parent, root) for name in frame["file"]]
+    missing = [f"line {line}: no image {name!r}" for line, name, image in zip(frame.index, frame["file"], images, strict=True) if not image]
+    if missing:
+        raise DataError(f"{file}, {missing[0]}" + (f" ({len(missing)} of {len(frame)} rows name files that are not there)"
+                                                   if len(missing) > 1 else ""))
+    return frame.assign(file=[_inside(image, root) for image in images], caption=frame["caption"].astype(str).str.strip())
+
+# %% ../../nbs/07_t2i/02_folders.ipynb #56f607ce
+def _seen_files(root):
+    "The files of a folder and of those in it; what is hidden is passed over."
+    return [p for p in sorted(root.rglob("*")) if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)]
 
 
-def _captions_beside(root):
-    "File and caption, from NAME.txt beside each image."
-    rows = [(p.relative_to(root).as_posix(), p.with_suffix(".txt").read_text(encoding="utf-8").strip())
-            for p in sorted(root.rglob("*")) if is_image(p) and p.with_suffix(".txt").is_file()]
-    if not rows:
-        raise DataError(f"{root}: no captions found; expected {', '.join(_CAPTION_FILES)}, list_attr_celeba.txt, "
-                        "or NAME.txt beside each image")
+def _captions_beside(root, files, covered):
+    "File and caption, from NAME.txt beside each image that is in none of the covered folders."
+    rows = []
+    for image in files:
+        text = image.with_suffix(".txt")
+        if is_image(image) and text.is_file() and not covered & {image.parent, *image.parent.parents}:
+            rows.append((_inside(image, root), text.read_text(encoding=encoding_of(text)).strip()))
     return pd.DataFrame(rows, columns=["file", "caption"])
 
-# %% ../../nbs/07_t2i/02_folders.ipynb #d74fe79c
+
 def _captioned_table(root):
     "A face table of the folder's images that have captions, and the captions by id, equally many of each."
-    file = next((root / name for name in _CAPTION_FILES if (root / name).is_file()), None)
-    frame = _listed_captions(file, _CAPTION_FILES[file.name]) if file else _captions_beside(root)
+    files = _seen_files(root)
+    tables = [p for p in files if p.name in _CAPTION_FILES]
+    found = [*(_listed_captions(file, root) for file in tables), _captions_beside(root, files, {p.parent for p in tables})]
+    frame = pd.concat(found).drop_duplicates()
+    if frame.empty:
+        raise DataError(f"{root}: no captions found; expected {', '.join(_CAPTION_FILES)} there or beside the images, "
+                        "list_attr_celeba.txt, or NAME.txt beside each image")
     captions = frame.groupby("file", sort=True)["caption"].apply(list).to_dict()
     most = max(map(len, captions.values()))
     table = pd.DataFrame({"id": list(captions), "path": [str(root / k) for k in captions], "target": 0})
@@ -61,45 +132,132 @@ def _celeba_table(root, per_face, seed):
     return table, dict(zip(table["id"], attribute_captions(attributes, per_face=per_face, seed=seed), strict=True))
 
 # %% ../../nbs/07_t2i/02_folders.ipynb #0c2e10a6
-def _left_out(
-    ids: Iterable[str],  # paths of the images in their folder
-    exclude: Iterable[str],  # paths, or bare file names
+def _entries(exclude: str | Path | Iterable) -> tuple[list[str], Path | None]:
+    "What is to be left out, as paths or names, and the folder of the source, if any. Raises `FileNotFoundError`."
+    if not isinstance(exclude, str | Path):
+        return [str(e) for e in exclude], None
+    source = user_path(exclude)
+    if source.is_dir():
+        return [str(p.absolute()) for p in _seen_files(source)], source
+    if not source.is_file():
+        raise FileNotFoundError(f"no folder or file {source}")
+    if source.suffix.lower() in (".csv", ".tsv", ".jsonl", ".parquet"):
+        table = _text_table(source)
+        column = next((c for c in _FILE_COLUMNS if c in table), table.columns[0])
+        return table[column].astype(str).str.strip().tolist(), source.parent
+    return [line.strip() for line in source.read_text(encoding=encoding_of(source)).split("\n") if line.strip()], source.parent
+
+# %% ../../nbs/07_t2i/02_folders.ipynb #bf0cdc61
+def _suffixes(path):
+    "`a/b/c` and `b/c` of `a/b/c`: a path and its ends that still are paths."
+    parts = path.split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts) - 1)]
+
+
+def _named(
+    images: Sequence[str],  # paths in their folder
+    entries: Iterable[str],  # paths, file names, or file names without their ending
+    root: Path,  # the folder
+) -> np.ndarray:  # of words: path, name, or nothing for an image that is not meant
+    "Which images are meant by path or by name."
+    entries = {str(e).replace("\\", "/").removeprefix("./") for e in entries}
+    whole = {_inside(os.path.realpath(e), root) if os.path.isabs(e) else e for e in entries}
+    names = {Path(e).name for e in whole if "/" not in e or os.path.isabs(e)}
+    paths, ends = {e for e in whole if not os.path.isabs(e)}, {end for e in whole if not os.path.isabs(e) for end in _suffixes(e)}
+    found = []
+    for image in images:
+        by_path = image in paths or ("/" in image and (image in ends or not paths.isdisjoint(_suffixes(image))))
+        name = image.rpartition("/")[2]
+        found.append("path" if by_path and "/" in image else "name" if by_path or name in names or Path(name).stem in names else "")
+    return np.array(found, object)
+
+# %% ../../nbs/07_t2i/02_folders.ipynb #74f12552
+def _pixel_facts(path, sizes=None):
+    "The sides of an image and a digest of its upright pixels; nothing where it is no image, or of none of the sizes."
+    from PIL import Image
+    try:
+        with Image.open(path) as image:
+            size = tuple(sorted(image.size))
+            return (size, digest(np.asarray(_rgb(_upright(image))))) if sizes is None or size in sizes else None
+    except Exception:  # what cannot be decoded is told where it is loaded
+        return None
+
+# %% ../../nbs/07_t2i/02_folders.ipynb #d4eb4b79
+def _same_content(
+    images: Sequence[str],  # paths
+    files: Iterable[str | Path],  # of images that are to be left out
+    progress: bool = False,
 ) -> np.ndarray:  # booleans
-    "Which images are named."
-    exclude = {str(e).replace("\\", "/") for e in exclude}
-    return np.array([i in exclude or i.rpartition("/")[2] in exclude for i in ids], bool)
+    "Which images hold the bytes or the pixels of one of the files."
+    files, found = list(files), np.zeros(len(images), bool)
+    lengths = {os.path.getsize(p) for p in files}
+    hashes = {file_digest(p) for p in files}
+    with ThreadPoolExecutor(min(16, cores())) as pool, progress_bar(total=len(images), disable=not progress, desc="comparing") as bar:
+        looks = {facts for facts in pool.map(_pixel_facts, files) if facts}
+        sizes = {size for size, _ in looks}
 
+        def same(path):
+            try:
+                return (os.path.getsize(path) in lengths and file_digest(path) in hashes) or _pixel_facts(path, sizes) in looks
+            except OSError:
+                return False
 
-def files_to_exclude(
-    exclude: str | Path,  # a folder of images
-    root: str | Path,  # the folder that is learnt from
-) -> list[str]:  # for `captioned_faces`
-    "Names of a folder's files: paths where it lies inside the other one, else bare file names. Raises `FileNotFoundError`."
-    exclude, root = Path(exclude).resolve(), Path(root).resolve()
-    if not exclude.is_dir():
-        raise FileNotFoundError(f"no folder {exclude}")
-    files = sorted(p for p in exclude.rglob("*") if p.is_file())
-    return [p.relative_to(root).as_posix() if exclude.is_relative_to(root) else p.name for p in files]
+        for i, is_same in enumerate(pool.map(same, images)):
+            found[i] = is_same
+            bar.update()
+    return found
 
-# %% ../../nbs/07_t2i/02_folders.ipynb #051890a9
+# %% ../../nbs/07_t2i/02_folders.ipynb #505fcad8
+def _left_out(
+    table: pd.DataFrame,  # face table of a folder
+    exclude: str | Path | Sequence[str],  # as for `captioned_faces`
+    root: Path,
+    progress: bool = False,
+) -> np.ndarray:  # by what each image is left out: path, name, content; nothing for one that stays
+    "Which images stay out, and why."
+    entries, base = _entries(exclude)
+    if not entries:
+        return np.full(len(table), "", object)
+    why = _named([_inside(path, root) for path in table["path"]], entries, root.resolve())
+    there = {p for e in entries for p in ((base or root) / e, root / e) if is_image(p) and p.is_file()}
+    same = _same_content(table["path"].tolist(), there, progress) if there else np.zeros(len(table), bool)
+    why[(why == "") & same] = "content"
+    return why
+
+# %% ../../nbs/07_t2i/02_folders.ipynb #ce2fab1b
+def _tell_left_out(why, exclude, root, progress):
+    "Say how many images stay out, and by what. Raises `DataError` where none is left."
+    if isinstance(exclude, list | tuple) and not exclude:
+        return
+    source = exclude if isinstance(exclude, str | Path) else f"{len(exclude)} names"
+    parts = listed(f"{sum(why == by)} by {by}" for by in ("path", "name", "content") if sum(why == by))
+    told = f"{root}: {sum(why != '')} of {len(why)} images are left out, as {source} says: {parts}"
+    if all(why != ""):
+        raise DataError(f"{told}; no images are left to learn from")
+    if not parts:
+        warnings.warn(f"{root}: none of its {len(why)} images is left out: {source} names none of them and holds no copy of one",
+                      DataWarning, stacklevel=3)
+    elif progress:
+        print(told, file=sys.stderr)
+
+# %% ../../nbs/07_t2i/02_folders.ipynb #79ea676b
 def captioned_faces(
     root: str | Path,  # CelebA's layout, or a folder with captions
     *, size: int = 64,
     per_face: int = 8,  # captions made of each CelebA image's attributes
-    exclude: Sequence[str] = (),  # images to leave out: paths in `root`, or file names, which are left out wherever they lie
+    exclude: str | Path | Sequence[str] = (),  # images to leave out: a folder of them, a list or a table that names them, or names
     seed: int = 0,
     cache: str | Path | None = None,  # of decoded images
     progress: bool = False,
 ) -> tuple[np.ndarray, list[list[str]]]:  # uint8 images N x 3 x size x size, and as many captions for each
-    "Images and captions of a folder. `DataError` or `FileNotFoundError` where there are none."
-    root = Path(root)
+    """Images and captions of a folder. `DataError` or `FileNotFoundError` where there are none.
+
+    An image stays out by its path in `root`, by its file name, or as it has the bytes or the pixels of one that is to be left out."""
+    root = user_path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}")
     table, captions = _celeba_table(root, per_face, seed) if is_celeba(root) else _captioned_table(root)
-    out = _left_out(table["id"], exclude)
-    if len(exclude) and not out.any():
-        warnings.warn(f"{root}: none of the {len(exclude)} names to exclude is among its {len(table)} images", DataWarning, stacklevel=2)
-    if out.all():
-        raise DataError(f"{root}: no images are left after {len(exclude)} were excluded")
-    faces = load_faces(table[~out], size=size, cache=cache, progress=progress)
+    why = _left_out(table, exclude, root, progress)
+    _tell_left_out(why, exclude, root, progress)
+    faces = load_faces(table[why == ""], size=size, cache=cache, progress=progress)
     return faces.gather(slice(None)).numpy(), [captions[i] for i in faces.ids]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import asset, quiet_libraries, whole_folder, write_whole
+from ..core import asset, quiet_libraries, user_path, whole_folder, write_whole
 from .denoiser import schedulers
 
 # %% ../../nbs/07_t2i/06_pipelines.ipynb #1e2170f5
@@ -49,7 +49,7 @@ def save_pipeline(
     *, about: dict | None = None,  # what to note beside it: recommended steps and guidance, how it was made
 ) -> Path:
     "Save in the standard layout, in half precision. A reader finds no pipeline, or a whole one."
-    out = Path(out)
+    out = user_path(out)
     with quiet(), whole_folder(out / ".whole", overwrite=True) as aside:
         pipeline.save_pretrained(aside, safe_serialization=True)
         for file in list(aside.rglob("*.json")):

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import append_lines, digest
+from ..core import append_lines, digest, user_path
 from ..device import autocast, evaluating, pick_device, seeded
 from .autoencoder import latents_of, train_autoencoder
 from .captions import DRAWN_SEED, drawn_faces
 from .denoiser import create_denoiser, create_text_encoder, schedulers, train_tokenizer
 from .distillation import distil
-from .folders import captioned_faces, files_to_exclude
+from .folders import captioned_faces
 from .pipelines import SHEET_PROMPTS, assemble, sample_sheet, save_pipeline
 from .recipe import T2IConfig, minimise, run_identity, step_generator
 
@@ -124,7 +124,7 @@ def train_t2i(
     A run that was killed goes on from its checkpoint. Raises `ValueError` for images of another size, captions that don't match, or
     a folder that holds another run.
     """
-    config, device, work = config or T2IConfig(size=images.shape[-1]), pick_device(device), Path(out) / "training"
+    config, device, work = config or T2IConfig(size=images.shape[-1]), pick_device(device), user_path(out) / "training"
     per_face, flat = _check_captions(images, captions, config), [c for some in captions for c in some]
     vae = train_autoencoder(images, config=config, out=work, seed=seed, device=device, progress=progress)
     pipeline = _new_pipeline(flat, vae, config, seed, device)
@@ -151,7 +151,7 @@ def train_command(
     *, out: str | Path,
     settings: dict | None = None,  # settings of `T2IConfig` by name
     n: int = 48_000,  # faces to draw, for "drawn"
-    exclude: str | Path | None = None,  # folder of images to leave out, wherever in `data` they lie
+    exclude: str | Path | None = None,  # images to leave out of `data`: a folder of them, or a list or table that names them
     mirror: bool | None = None,  # None: all but drawn faces, whose captions tell left from right
     seed: int = 0,
     device: str | None = None,
@@ -162,8 +162,7 @@ def train_command(
     if data == "drawn":
         images, captions = drawn_faces(n, seed=DRAWN_SEED + seed, size=config.size)
     else:
-        names = files_to_exclude(exclude, data) if exclude else []
-        images, captions = captioned_faces(data, size=config.size, exclude=names, seed=seed, progress=progress)
+        images, captions = captioned_faces(data, size=config.size, exclude=exclude or (), seed=seed, progress=progress)
     mirror = data != "drawn" if mirror is None else mirror
     train_t2i(images, captions, out=out, config=config, mirror=mirror, seed=seed, device=device, progress=progress)
-    return Path(out)
+    return user_path(out)
