@@ -130,7 +130,7 @@ def test_booleans_that_hold_everything_are_the_names(shape):
 
 def killed_after(epochs, monkeypatch, run):
     "Run until a number of epochs are over: an epoch ends with one look at the validation images."
-    import aimfair.training as training
+    import aimfair.training.loop as training
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         interrupt_at(m, training, "judge", epochs + 1)
         run()
