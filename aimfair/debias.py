@@ -125,11 +125,12 @@ def debias(
     device: str | None = None,  # None picks the best there is
     cache: str | Path | None = None,  # folder of decoded images; None: $AIMFAIR_CACHE, or ~/.cache/aimfair
     progress: bool = True,  # show progress bars
+    **settings,  # further settings of the fine-tuning, as in `TrainConfig`: optimizer, schedule, warmup, layer_decay, accumulate, ...
 ) -> Outcome:
     """Debias a classifier from files to files: the command `aimfair debias`.
 
     Raises `ValueError`, `FileNotFoundError` or `FileExistsError` with one line for the user."""
-    config = _finetune_config(epochs=epochs, lr=lr, batch_size=batch_size, scale=None if crop is None else (crop, 1.0))
+    config = _finetune_config(epochs=epochs, lr=lr, batch_size=batch_size, scale=None if crop is None else (crop, 1.0), **settings)
     sources = {"real": real, "synthetic": synthetic, "val": val} | ({} if test is None else {"test": test})
     tables = {name: faces_table(source, groups=name in ("synthetic", "test")) for name, source in sources.items()}
     method = {"k": k, "bias": bias, "majority": majority, "mean": mean, "std": std, "freeze_batchnorm": freeze_batchnorm,
