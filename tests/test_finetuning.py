@@ -34,7 +34,7 @@ from aimfair.metrics import fairness_report
 from aimfair.models import narrow_resnet18
 from aimfair.pipeline import AIMFair
 from aimfair.sensitivity import Ranking, blocks, gradient_pass, make_mask, mask_shares, random_parameters, rank_units
-from aimfair.training import TrainConfig, fit, movable_tensors, predict
+from aimfair.training import TrainConfig, fit, layer_depths, movable_tensors, predict
 
 SHORT = TrainConfig(epochs=1, batch_size=16, lr=0.1, weight_decay=0.1)
 NAMES = [n for n, _ in narrow_resnet18(8).named_parameters()]
@@ -587,3 +587,46 @@ def test_finetuning_and_every_candidate_for_k_tell_a_callback():
     found = choose_k(model, ramps(64, 3), ramps(40, 4), ramps(64, 5), gradients=gradients, ks=[30, 38], config=SHORT,
                      callback=lambda *w: told.append(w[:2]), **PLAIN)
     assert told == [(4, 0)] * (len(found.table) - 1)
+
+
+def hugging_face_vit():
+    from transformers import ViTConfig, ViTForImageClassification
+    return ViTForImageClassification(ViTConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
+                                               image_size=16, patch_size=4, num_labels=2))
+
+
+def convnext():
+    timm = pytest.importorskip("timm")
+    return timm.create_model("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), patch_size=2, num_classes=1)
+
+
+class Tower(torch.nn.Module):
+    "A CLIP vision tower with a head."
+
+    def __init__(self):
+        super().__init__()
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+        self.tower = CLIPVisionModel(CLIPVisionConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
+                                                      image_size=16, patch_size=4))
+        self.head = torch.nn.Linear(24, 1)
+
+    def forward(self, x):
+        return self.head(self.tower(x).pooler_output)
+
+
+@pytest.mark.parametrize("make,layers", [(hugging_face_vit, 6), (convnext, 7), (Tower, 7)])
+def test_the_whole_method_on_transformers_and_their_kin(make, layers):
+    "Trained, ranked and fine-tuned in pieces with the optimiser that such networks want; what is not in the mask keeps every bit."
+    torch.manual_seed(0)
+    modern = TrainConfig(epochs=6, batch_size=16, lr=3e-3, optimizer="adamw", weight_decay=0.05, schedule="cosine", warmup=0.1,
+                         layer_decay=0.8, clip=1.0, accumulate=2, scale=(0.8, 1), flip=0)
+    model = make()
+    assert len(set(layer_depths(model).values())) == layers
+    history = fit(model, ramps(160, 0), None, config=modern, **PLAIN).history
+    assert history.loss.iloc[-1] < 0.6 * history.loss.iloc[0]
+    aim = AIMFair(model, config=modern.model_copy(update={"epochs": 1}), gradient_batch_size=16, majority="0_0,1_1", **PLAIN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        debiased = aim.fit(real=ramps(64, 0), synthetic=ramps(240, 2), val=ramps(40, 1))
+    moved = {n for (n, a), b in zip(model.named_parameters(), debiased.model.parameters(), strict=True) if not torch.equal(a, b)}
+    assert moved and moved <= set(debiased.mask) < set(movable_tensors(model))
