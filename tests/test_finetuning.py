@@ -614,19 +614,19 @@ class Tower(torch.nn.Module):
         return self.head(self.tower(x).pooler_output)
 
 
-@pytest.mark.parametrize("make,layers", [(hugging_face_vit, 6), (convnext, 7), (Tower, 7)])
-def test_the_whole_method_on_transformers_and_their_kin(make, layers):
+@pytest.mark.parametrize("make,layers,size", [(hugging_face_vit, 6, 16), (convnext, 7, 32), (Tower, 7, 16)])
+def test_the_whole_method_on_transformers_and_their_kin(make, layers, size):
     "Trained, ranked and fine-tuned in pieces with the optimiser that such networks want; what is not in the mask keeps every bit."
     torch.manual_seed(0)
     modern = TrainConfig(epochs=6, batch_size=16, lr=3e-3, optimizer="adamw", weight_decay=0.05, schedule="cosine", warmup=0.1,
                          layer_decay=0.8, clip=1.0, accumulate=2, scale=(0.8, 1), flip=0)
     model = make()
     assert len(set(layer_depths(model).values())) == layers
-    history = fit(model, ramps(160, 0), None, config=modern, **PLAIN).history
+    history = fit(model, ramps(160, 0, size), None, config=modern, **PLAIN).history
     assert history.loss.iloc[-1] < 0.6 * history.loss.iloc[0]
     aim = AIMFair(model, config=modern.model_copy(update={"epochs": 1}), gradient_batch_size=16, majority="0_0,1_1", **PLAIN)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        debiased = aim.fit(real=ramps(64, 0), synthetic=ramps(240, 2), val=ramps(40, 1))
+        debiased = aim.fit(real=ramps(64, 0, size), synthetic=ramps(240, 2, size), val=ramps(40, 1, size))
     moved = {n for (n, a), b in zip(model.named_parameters(), debiased.model.parameters(), strict=True) if not torch.equal(a, b)}
     assert moved and moved <= set(debiased.mask) < set(movable_tensors(model))

@@ -489,12 +489,12 @@ class TinyViT(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
-def ramps(n, seed):
-    "16 x 16 pixels that grow brighter from left to right, or from top to bottom: the target."
+def ramps(n, seed, size=16):
+    "Pixels that grow brighter from left to right, or from top to bottom: the target."
     rng = np.random.default_rng(seed)
     y = rng.integers(0, 2, n)
-    base = np.linspace(40, 200, 16)[None].repeat(16, 0)
-    x = np.stack([base if t else base.T for t in y])[:, None] + rng.normal(0, 30, (n, 3, 16, 16))
+    base = np.linspace(40, 200, size)[None].repeat(size, 0)
+    x = np.stack([base if t else base.T for t in y])[:, None] + rng.normal(0, 30, (n, 3, size, size))
     return Faces.from_arrays(x.clip(0, 255).astype(np.uint8), y, protected=rng.integers(0, 2, n))
 
 

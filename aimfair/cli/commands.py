@@ -178,7 +178,7 @@ def debias(
                                      "labels, from images put aside", "--k", parser=_k)] = None,
     bias: Annotated[float, option("RATIO", "minority to majority in your images: 1/9, 1:9 or 0.111", parser=ratio)] = "1/9",
     epochs: Annotated[int | None, option("N", "epochs of fine-tuning", min=1)] = None,
-    lr: Annotated[float | None, option("X", "learning rate of fine-tuning", min=0)] = None,
+    lr: Annotated[float | None, option("X", "learning rate of fine-tuning; by default 0.06, or 0.0001 for adam and adamw", min=0)] = None,
     batch_size: Annotated[int | None, option("N", "images in a mini-batch", min=2)] = None,
     accumulate: Annotated[int | None, option("N", "compute a mini-batch in N pieces, to save memory", min=1)] = None,
     optimizer: Annotated[str | None, option("NAME", "sgd, adam or adamw; by default sgd, as in the paper")] = None,
