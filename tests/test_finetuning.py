@@ -538,9 +538,33 @@ def test_masks_of_what_adapters_hold_still_are_refused(adapted):
     headless = peft.get_peft_model(TinyViT(), peft.LoraConfig(r=2, target_modules=["qkv"]))
     with pytest.raises(ValueError, match="the head of PeftModel is frozen beside its adapters"):
         trainable_parameters(headless, "linear_probe")
-    headless.requires_grad_(False)
-    with pytest.raises(ValueError, match="no tensor of PeftModel can be updated"):
-        fit(headless, ramps(32, 0), None, config=SHORT, **PLAIN)
+
+
+def test_adapters_that_were_loaded_frozen_are_told_in_a_line(adapted, tmp_path):
+    import peft
+    model, names = adapted
+    model.save_pretrained(tmp_path)
+    frozen = peft.PeftModel.from_pretrained(TinyViT(), tmp_path)
+    for attempt in (lambda: fit(frozen, ramps(32, 0), None, config=SHORT, **PLAIN),
+                    lambda: gradient_pass(frozen, ramps(32, 0), device="cpu"),
+                    lambda: finetune(frozen, ramps(32, 0), None, strategy="full", config=SHORT, **PLAIN), lambda: AIMFair(frozen)):
+        with pytest.raises(ValueError, match="^the adapters of PeftModel are frozen, .*is_trainable=True") as told:
+            attempt()
+        assert "\n" not in str(told.value)
+    ready = peft.PeftModel.from_pretrained(TinyViT(), tmp_path, is_trainable=True)
+    assert movable_tensors(ready) == names and len(gradient_pass(ready, ramps(32, 0), device="cpu")) == len(names)
+
+
+def test_adapters_that_transformers_added_are_known_too():
+    peft = pytest.importorskip("peft")
+    model = hugging_face_vit()
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model.classifier.requires_grad_(True)
+    names = movable_tensors(model)
+    assert len(names) == 3 * 2 * 2 + 2 and all("lora_" in n or "classifier" in n for n in names)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    after = finetune(model, ramps(32, 0), None, strategy="full", config=SHORT, **PLAIN).model.state_dict()
+    assert {n for n, v in before.items() if not torch.equal(v, after[n])} <= set(names)
 
 
 def test_the_whole_method_with_adapters(adapted):

@@ -592,6 +592,22 @@ def test_layers_are_counted_from_the_image_to_the_answer():
     assert list(layer_depths(nested).values()) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def test_a_wrapper_is_no_layer():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.out = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 1)
+
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.scale, self.model = nn.Identity(), model
+
+    for model in (Plain(), TinyViT()):
+        assert list(layer_depths(Wrapper(Wrapper(model))).values()) == list(layer_depths(model).values())
+    assert list(layer_depths(Plain()).values()) == [0, 0, 1, 1, 2, 2]
+
+
 def test_layers_of_networks_that_people_have():
     from transformers import ViTConfig, ViTForImageClassification
     small = ViTConfig(hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8, image_size=16, patch_size=8)

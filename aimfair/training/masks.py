@@ -15,9 +15,13 @@ from torch import nn
 def movable_tensors(
     model: nn.Module,
 ) -> list[str]:  # names, in the model's order
-    "The tensors that training may update: all, or with adapters of `peft` those that it left trainable."
+    "The tensors that training may update: all, or with adapters of `peft` those that it left trainable. Raises `ValueError` for none."
     adapted = any(type(module).__module__.startswith("peft.") for module in model.modules())
-    return [n for n, p in model.named_parameters() if p.is_floating_point() and (p.requires_grad or not adapted)]
+    names = [n for n, p in model.named_parameters() if p.is_floating_point() and (p.requires_grad or not adapted)]
+    if adapted and not names:
+        raise ValueError(f"the adapters of {type(model).__name__} are frozen, so that nothing can be updated; load them to be trained: "
+                         "PeftModel.from_pretrained(..., is_trainable=True)")
+    return names
 
 # %% ../../nbs/10_training/02_masks.ipynb #31edca2b
 Mask = set[str] | dict[str, torch.Tensor]  # names of whole tensors, or {name: booleans that broadcast to the tensor}
@@ -64,8 +68,6 @@ def only_trainable(model, mask):
     if mask is not None:
         check_mask(model, mask)
     names = set(movable_tensors(model)) if mask is None else moving_tensors(mask)
-    if mask is None and not names:
-        raise ValueError(f"no tensor of {type(model).__name__} can be updated: the adapters are frozen, too")
     if not names:
         raise ValueError("an empty set of parameters trains nothing; choose a larger k")
     before = {n: p.requires_grad for n, p in own.items()}

@@ -91,10 +91,11 @@ def _is_list(module): return type(module) in (nn.Sequential, nn.ModuleList)
 
 def _layers(module, above="", listed=False):
     "Names of the modules that are a layer each."
-    for name, child in module.named_children():
+    children = {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
+    for name, child in children.items():
         if _is_list(child):
             yield from _layers(child, f"{above}{name}.", True)
-        elif not listed and any(map(_is_list, child.modules())):
+        elif not listed and (len(children) == 1 or any(map(_is_list, child.modules()))):
             yield from _layers(child, f"{above}{name}.")
         else:
             yield f"{above}{name}"
