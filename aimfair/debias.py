@@ -96,7 +96,9 @@ def _once(out: Path, record: dict, compute) -> Outcome:
 # %% ../nbs/15_debias.ipynb #348a908c
 def _finetune_config(**changes):
     "The paper's fine-tuning with the values that are given. Raises `ValueError` for one that cannot be."
-    return TrainConfig(**{**FINETUNE.model_dump(), **{k: v for k, v in changes.items() if v is not None}})
+    given = {k: v for k, v in changes.items() if v is not None}
+    own = {"lr": 1e-4} if given.get("optimizer") in ("adam", "adamw") else {}  # SGD's 0.06 would undo all that a network knows
+    return TrainConfig(**{**FINETUNE.model_dump(), **own, **given})
 
 # %% ../nbs/15_debias.ipynb #c852a58f
 def debias(
@@ -111,7 +113,7 @@ def debias(
     bias: float = 1 / 9,  # minority : majority of the biased synthetic set, in [0, 1)
     majority: str | None = None,  # frequent groups of the real images such as "0_1,1_0"; None: guessed from the model
     epochs: int | None = None,  # of fine-tuning; None: 10
-    lr: float | None = None,  # learning rate of fine-tuning; None: 0.06
+    lr: float | None = None,  # learning rate of fine-tuning; None: 0.06, or 0.0001 for adam and adamw
     batch_size: int | None = None,  # None: 128; also of the gradient passes
     crop: float | None = None,  # smallest area of the random crop, in (0, 1]; None: 0.08
     size: int | None = None,  # images become size x size pixels; None: what the model is known for
@@ -125,11 +127,12 @@ def debias(
     device: str | None = None,  # None picks the best there is
     cache: str | Path | None = None,  # folder of decoded images; None: $AIMFAIR_CACHE, or ~/.cache/aimfair
     progress: bool = True,  # show progress bars
+    **settings,  # further settings of the fine-tuning, as in `TrainConfig`: optimizer, schedule, warmup, layer_decay, accumulate, ...
 ) -> Outcome:
     """Debias a classifier from files to files: the command `aimfair debias`.
 
     Raises `ValueError`, `FileNotFoundError` or `FileExistsError` with one line for the user."""
-    config = _finetune_config(epochs=epochs, lr=lr, batch_size=batch_size, scale=None if crop is None else (crop, 1.0))
+    config = _finetune_config(epochs=epochs, lr=lr, batch_size=batch_size, scale=None if crop is None else (crop, 1.0), **settings)
     sources = {"real": real, "synthetic": synthetic, "val": val} | ({} if test is None else {"test": test})
     tables = {name: faces_table(source, groups=name in ("synthetic", "test")) for name, source in sources.items()}
     method = {"k": k, "bias": bias, "majority": majority, "mean": mean, "std": std, "freeze_batchnorm": freeze_batchnorm,

@@ -24,7 +24,7 @@ from .groups import Group, group_indices, group_name, group_sizes, take_groups
 from .metrics import fairness_report
 from .models import copy_model, head_of, predicted_labels, sample_losses
 from .sensitivity import Gradients, Ranking, mask_size, paper_k, rank_units
-from .training import Criteria, Fitted, Mask, TrainConfig, accuracy, fit, moving_tensors, predict_logits
+from .training import Callback, Criteria, Fitted, Mask, TrainConfig, accuracy, fit, movable_tensors, moving_tensors, predict_logits
 from .training import judge as validation_figures
 
 # %% ../nbs/12_finetuning.ipynb #4bc573ce
@@ -37,11 +37,13 @@ def trainable_parameters(
     mask: Mask | None = None,  # names, or booleans by name, from `select_parameters` or `make_mask` of `aimfair.sensitivity`
 ) -> set[str]:  # names of the tensors that a strategy updates, wholly or in part
     "The tensors that a fine-tuning strategy updates. Raises `ValueError` for an unknown strategy or a missing or empty mask."
-    names = {n for n, _ in model.named_parameters()}
+    names = set(movable_tensors(model))
     if strategy == "full":
         return names
     if strategy == "linear_probe":
-        return {n for n in names if n.startswith(head_of(model) + ".")}
+        if not (of_head := {n for n in names if n.startswith(head_of(model) + ".")}):
+            raise ValueError(f"the head of {type(model).__name__} is frozen beside its adapters; peft takes it in modules_to_save")
+        return of_head
     if strategy != "selective":
         raise ValueError(unknown("fine-tuning strategy", strategy, ("selective", "full", "linear_probe")))
     if not moving_tensors(mask or set()):
@@ -108,6 +110,7 @@ def finetune(
     share: float = 0.5,  # of them in a batch on average, in (0, 1)
     criteria: Criteria | None = None,  # as for `fit`: each keeps its own best epoch
     checkpoint: str | Path | None = None,  # file from which a killed run continues
+    callback: Callback | None = None,  # as for `fit`: told of every epoch
     device: str | None = None,
     progress: bool = True,
 ) -> Fitted:  # with a new model
@@ -115,8 +118,8 @@ def finetune(
     names = trainable_parameters(model, strategy, mask)
     images, sampling, config = (synthetic, None, config) if mix is None else _mixed(synthetic, mix, share, config)
     fitted = fit(copy_model(model), images, val, trainable=mask if strategy == "selective" else names, config=config, seed=seed,
-                 freeze_batchnorm=freeze_batchnorm, sampling=sampling, criteria=criteria, checkpoint=checkpoint, device=device,
-                 progress=progress)
+                 freeze_batchnorm=freeze_batchnorm, sampling=sampling, criteria=criteria, checkpoint=checkpoint, callback=callback,
+                 device=device, progress=progress)
     how = {"device": device, "precision": config.precision}
     return fitted if average is None else _averaged(model, fitted, val, average, criteria, how)
 
@@ -374,7 +377,7 @@ def choose_k(
     checkpoint: str | Path | None = None,  # folder in which each candidate keeps its own, and from which a killed search continues
     device: str | None = None,
     progress: bool = True,
-    **tuning,  # freeze_batchnorm, average, mix, share: of every candidate, as for `finetune`
+    **tuning,  # freeze_batchnorm, average, mix, share, callback: of every candidate, as for `finetune`
 ) -> ChosenK:
     """Choose k from held-out synthetic fairness and real validation accuracy, without the group of any real image.
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import aimfair.training as training
+import aimfair.training.loop as training
 from aimfair import baselines
 from aimfair.baselines import (
     BASELINES,

@@ -1,4 +1,6 @@
 "Fine-tuning strategies: what may move, what may not; and the choice of k."
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,6 +8,7 @@ import torch
 from faults import interrupt_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_training import TinyViT, ramps
 
 from aimfair.core import DataError
 from aimfair.data import Faces
@@ -29,8 +32,9 @@ from aimfair.finetuning import (
 from aimfair.groups import biased_counts, group_indices, take_groups
 from aimfair.metrics import fairness_report
 from aimfair.models import narrow_resnet18
-from aimfair.sensitivity import Ranking, rank_units
-from aimfair.training import TrainConfig, predict
+from aimfair.pipeline import AIMFair
+from aimfair.sensitivity import Ranking, blocks, gradient_pass, make_mask, mask_shares, random_parameters, rank_units
+from aimfair.training import TrainConfig, fit, layer_depths, movable_tensors, predict
 
 SHORT = TrainConfig(epochs=1, batch_size=16, lr=0.1, weight_decay=0.1)
 NAMES = [n for n, _ in narrow_resnet18(8).named_parameters()]
@@ -130,7 +134,7 @@ def test_booleans_that_hold_everything_are_the_names(shape):
 
 def killed_after(epochs, monkeypatch, run):
     "Run until a number of epochs are over: an epoch ends with one look at the validation images."
-    import aimfair.training as training
+    import aimfair.training.loop as training
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         interrupt_at(m, training, "judge", epochs + 1)
         run()
@@ -477,3 +481,176 @@ class TestChooseK:
             choose(world, ks=[1, first - 1])
         with pytest.raises(ValueError, match="k=63 is not a whole number from 1 to 62"):
             choose(world, ks=[63])
+
+
+# adapters
+
+@pytest.fixture
+def adapted():
+    "A small transformer with LoRA on its attention and a head of its own, and its tensors that may move."
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(TinyViT(), peft.LoraConfig(r=2, target_modules=["qkv", "proj"], modules_to_save=["head"]))
+    with torch.no_grad():  # as after some training; at its start one half of an adapter is zero
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.1)
+    return model, [n for n, p in model.named_parameters() if p.requires_grad]
+
+
+def test_of_a_network_with_adapters_they_and_the_saved_head_are_ranked(adapted):
+    model, names = adapted
+    assert len(names) == 3 * 2 * 2 + 2 and movable_tensors(model) == names
+    sets = {"real": ramps(64, 0), "synthetic_biased": ramps(64, 1), "synthetic_balanced": ramps(64, 2)}
+    gradients = {s: gradient_pass(model, data, batch_size=32, device="cpu") for s, data in sets.items()}
+    assert all(list(g) == names and all(v.any() for v in g.values()) for g in gradients.values())
+    mask = make_mask(model, "absolute", gradients=gradients)
+    assert mask and mask <= set(names) and len(rank_units(**gradients)) == len(names)
+    assert random_parameters(model, 1.0) == set(names) == set().union(*blocks(model).values())
+    assert [p.requires_grad for p in model.parameters()] == [n in names for n, _ in model.named_parameters()]
+    rows = mask_shares(model, mask)
+    assert set(rows.index[rows > 0]) == mask
+
+
+@pytest.mark.parametrize("strategy", ["selective", "full", "linear_probe"])
+def test_what_adapters_hold_still_keeps_every_bit(adapted, strategy):
+    model, names = adapted
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    part = {"selective": "blocks.1", "full": "", "linear_probe": "head"}[strategy]
+    chosen = {n for n in names if part in n}
+    config = TrainConfig(epochs=2, batch_size=16, lr=0.01, optimizer="adamw", weight_decay=0.1, warmup=0.1, schedule="cosine",
+                         layer_decay=0.9)
+    assert trainable_parameters(model, strategy, chosen) == chosen
+    fitted = finetune(model, ramps(64, 0), ramps(30, 1), strategy=strategy, mask=chosen if strategy == "selective" else None, config=config,
+                      **PLAIN)
+    after = fitted.model.state_dict()
+    assert {n for n, v in before.items() if not torch.equal(v, after[n])} == chosen
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items()), "the model handed in is left untouched"
+    assert [n for n, p in fitted.model.named_parameters() if p.requires_grad] == names
+
+
+def test_masks_of_what_adapters_hold_still_are_refused(adapted):
+    model, names = adapted
+    base = next(n for n, _ in model.named_parameters() if n not in names)
+    with pytest.raises(ValueError, match=f"{base!r} of PeftModel cannot be updated: it is frozen beside adapters"):
+        finetune(model, ramps(32, 0), None, mask={base}, config=SHORT, **PLAIN)
+    import peft
+    headless = peft.get_peft_model(TinyViT(), peft.LoraConfig(r=2, target_modules=["qkv"]))
+    with pytest.raises(ValueError, match="the head of PeftModel is frozen beside its adapters"):
+        trainable_parameters(headless, "linear_probe")
+
+
+def test_adapters_that_were_loaded_frozen_are_told_in_a_line(adapted, tmp_path):
+    import peft
+    model, names = adapted
+    model.save_pretrained(tmp_path)
+    frozen = peft.PeftModel.from_pretrained(TinyViT(), tmp_path)
+    for attempt in (lambda: fit(frozen, ramps(32, 0), None, config=SHORT, **PLAIN),
+                    lambda: gradient_pass(frozen, ramps(32, 0), device="cpu"),
+                    lambda: finetune(frozen, ramps(32, 0), None, strategy="full", config=SHORT, **PLAIN), lambda: AIMFair(frozen)):
+        with pytest.raises(ValueError, match="^the adapters of PeftModel are frozen, .*is_trainable=True") as told:
+            attempt()
+        assert "\n" not in str(told.value)
+    ready = peft.PeftModel.from_pretrained(TinyViT(), tmp_path, is_trainable=True)
+    assert movable_tensors(ready) == names and len(gradient_pass(ready, ramps(32, 0), device="cpu")) == len(names)
+
+
+def test_adapters_that_transformers_added_are_known_too():
+    peft = pytest.importorskip("peft")
+    model = hugging_face_vit()
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model.classifier.requires_grad_(True)
+    names = movable_tensors(model)
+    assert len(names) == 3 * 2 * 2 + 2 and all("lora_" in n or "classifier" in n for n in names)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    after = finetune(model, ramps(32, 0), None, strategy="full", config=SHORT, **PLAIN).model.state_dict()
+    assert {n for n, v in before.items() if not torch.equal(v, after[n])} <= set(names)
+
+
+def test_the_whole_method_with_adapters(adapted):
+    model, names = adapted
+    pool, config = ramps(240, 2), TrainConfig(epochs=1, batch_size=16, lr=0.01, optimizer="adamw", accumulate=2, scale=(0.8, 1), flip=0)
+    aim = AIMFair(model, config=config, gradient_batch_size=16, majority="0_0,1_1", **PLAIN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        debiased = aim.fit(real=ramps(64, 0), synthetic=pool, val=ramps(40, 1))
+    moved = {n for (n, a), b in zip(model.named_parameters(), debiased.model.parameters(), strict=True) if not torch.equal(a, b)}
+    assert moved == set(debiased.mask) <= set(names) and list(debiased.sensitivity.index) == names
+
+
+def test_tensors_that_a_plain_network_came_with_frozen_may_move():
+    model = TinyViT()
+    model.blocks.requires_grad_(False)
+    assert movable_tensors(model) == [n for n, _ in model.named_parameters()]
+    tuned = finetune(model, ramps(32, 0), None, strategy="full", config=SHORT, **PLAIN).model
+    assert not torch.equal(tuned.blocks[0].qkv.weight, model.blocks[0].qkv.weight)
+
+
+def test_integers_never_move():
+    class Counting(TinyViT):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.arange(4), requires_grad=False)
+
+    model = Counting()
+    assert "table" not in movable_tensors(model) and "table" not in trainable_parameters(model, "full")
+    assert "table" not in gradient_pass(model, ramps(32, 0), batch_size=16, device="cpu")
+    tuned = finetune(model, ramps(32, 0), None, strategy="full", config=SHORT, **PLAIN).model
+    assert tuned.table.tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="'table' of Counting cannot be updated"):
+        finetune(model, ramps(32, 0), None, mask={"table"}, config=SHORT, **PLAIN)
+
+
+def test_finetuning_and_every_candidate_for_k_tell_a_callback():
+    told, model, twice = [], TinyViT(), SHORT.model_copy(update={"epochs": 2})
+    finetune(model, ramps(40, 0), None, strategy="full", config=twice, callback=lambda *w: told.append(w[:2]), **PLAIN)
+    assert told == [(3, 0), (6, 1)]
+    told.clear()
+    sets = {"real": ramps(64, 0), "synthetic_biased": ramps(64, 1), "synthetic_balanced": ramps(64, 2)}
+    gradients = {s: gradient_pass(model, data, batch_size=32, device="cpu") for s, data in sets.items()}
+    found = choose_k(model, ramps(64, 3), ramps(40, 4), ramps(64, 5), gradients=gradients, ks=[30, 38], config=SHORT,
+                     callback=lambda *w: told.append(w[:2]), **PLAIN)
+    assert told == [(4, 0)] * (len(found.table) - 1)
+
+
+def hugging_face_vit():
+    from transformers import ViTConfig, ViTForImageClassification
+    return ViTForImageClassification(ViTConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
+                                               image_size=16, patch_size=4, num_labels=2))
+
+
+def convnext():
+    timm = pytest.importorskip("timm")
+    return timm.create_model("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), patch_size=2, num_classes=1)
+
+
+class Tower(torch.nn.Module):
+    "A CLIP vision tower with a head."
+
+    def __init__(self):
+        super().__init__()
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+        self.tower = CLIPVisionModel(CLIPVisionConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
+                                                      image_size=16, patch_size=4))
+        self.head = torch.nn.Linear(24, 1)
+
+    def forward(self, x):
+        return self.head(self.tower(x).pooler_output)
+
+
+@pytest.mark.parametrize("make,layers,size", [(hugging_face_vit, 6, 16), (convnext, 7, 32), (Tower, 7, 16)])
+def test_the_whole_method_on_transformers_and_their_kin(make, layers, size):
+    "Trained, ranked and fine-tuned in pieces with the optimiser that such networks want; what is not in the mask keeps every bit."
+    torch.manual_seed(0)
+    modern = TrainConfig(epochs=6, batch_size=16, lr=3e-3, optimizer="adamw", weight_decay=0.05, schedule="cosine", warmup=0.1,
+                         layer_decay=0.8, clip=1.0, accumulate=2, scale=(0.8, 1), flip=0)
+    model = make()
+    assert len(set(layer_depths(model).values())) == layers
+    history = fit(model, ramps(160, 0, size), None, config=modern, **PLAIN).history
+    assert history.loss.iloc[-1] < 0.6 * history.loss.iloc[0]
+    aim = AIMFair(model, config=modern.model_copy(update={"epochs": 1}), gradient_batch_size=16, majority="0_0,1_1", **PLAIN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        debiased = aim.fit(real=ramps(64, 0, size), synthetic=ramps(240, 2, size), val=ramps(40, 1, size))
+    moved = {n for (n, a), b in zip(model.named_parameters(), debiased.model.parameters(), strict=True) if not torch.equal(a, b)}
+    assert moved and moved <= set(debiased.mask) < set(movable_tensors(model))

@@ -414,3 +414,57 @@ def test_the_picture_of_a_ranking_names_the_stages():
     ax = plot_sensitivity(sensitivity_table(real=g["a"], synthetic_biased=g["b"], synthetic_balanced=g["c"], k=40)).axes[0]
     assert [t.get_text() for t in ax.get_xticklabels()] == ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
     assert "(18 of 62 updated)" in ax.get_xlabel()
+
+
+# pieces
+
+class Smooth(torch.nn.Module):
+    "A small network without batch norm."
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.out = torch.nn.Conv2d(3, 6, 4, stride=4), torch.nn.GroupNorm(2, 6), torch.nn.Linear(6, 1)
+
+    def forward(self, x):
+        return self.out(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 7, 50])
+def test_gradients_in_pieces_are_autograds_of_whole_batches(pieces):
+    model, data = Smooth(), faces(46)
+    expected = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for rows in (slice(0, 23), slice(23, 46)):
+        x, y = normalize(data.gather(rows)), torch.tensor(data.target[rows]).float()
+        loss = F.binary_cross_entropy_with_logits(model(x)[:, 0], y)
+        for name, g in zip(expected, torch.autograd.grad(loss, model.parameters()), strict=True):
+            expected[name] += g / 2
+    found = mean_gradients(model, batches(data, 23), accumulate=pieces, device="cpu")
+    assert list(found) == list(expected) and all(torch.allclose(found[n], expected[n], atol=1e-6) for n in expected)
+
+
+def test_pieces_see_the_images_of_the_whole_pass():
+    data, seen = faces(50), {}
+
+    class Watched(Smooth):
+        def forward(self, x):
+            if self.training:
+                seen.setdefault(self.pieces, []).append(x.detach().clone())
+            return super().forward(x)
+
+    found = {}
+    for pieces in (1, 4):
+        model = Watched()
+        model.pieces = pieces
+        found[pieces] = gradient_pass(model, data, batch_size=16, augment=Augment(), passes=2, accumulate=pieces, device="cpu")
+    assert [max(map(len, seen[p])) for p in (1, 4)] == [16, 4] and torch.equal(torch.cat(seen[1]), torch.cat(seen[4]))
+    assert all(torch.allclose(found[1][n], found[4][n], atol=1e-6) for n in found[1])
+
+
+def test_batch_norm_sees_the_statistics_of_a_piece():
+    model, data = narrow_resnet18(8), faces(32)
+    whole, parts = (gradient_pass(model, data, batch_size=32, accumulate=pieces, device="cpu") for pieces in (1, 2))
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0)).numpy()
+    first, second = (mean_gradients(model, batches(data.select(rows), 16), device="cpu") for rows in (order[:16], order[16:]))
+    assert all(torch.allclose(parts[n], (first[n] + second[n]) / 2, atol=1e-5) for n in parts)
+    assert not torch.allclose(parts["conv1.weight"], whole["conv1.weight"], atol=1e-5)

@@ -1,5 +1,7 @@
 "The training loop against PyTorch itself, and its faults: kills, masks, checkpoints, odd models."
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +12,12 @@ import torch
 from faults import kill_when
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from aimfair.data import Faces, normalize
 from aimfair.device import pick_device
 from aimfair.models import classification_loss, narrow_resnet18
-from aimfair.training import TrainConfig, accuracy, create_model, fit, predict
+from aimfair.training import TrainConfig, accuracy, create_model, fit, layer_depths, predict, tensorboard_callback, trackio_callback
 
 
 def faces(n=48, seed=0, size=32, classes=2):
@@ -450,3 +453,370 @@ def test_the_usual_words_for_a_gpu(monkeypatch):
     assert list(found.values()) == ["cuda", "cuda", "cuda:1", "cuda:1", "cuda", "cuda:0"]
     with pytest.raises(ValueError, match="which this machine has not"):
         pick_device(2)
+
+
+# what transformers need
+
+class TinyViT(nn.Module):
+    "A vision transformer of three blocks on 16 x 16 pixels, without dropout."
+
+    class Block(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+        def forward(self, x):
+            q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+            x = x + self.proj(F.scaled_dot_product_attention(q, k, v))
+            return x + self.mlp(self.norm2(x))
+
+    def __init__(self, width=24, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.cls = nn.Parameter(torch.zeros(1, 1, width))
+        self.embed = nn.Conv2d(3, width, 4, stride=4)
+        self.place = nn.Parameter(0.02 * torch.randn(1, 17, width))
+        self.blocks = nn.ModuleList([self.Block(width) for _ in range(3)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.place
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+def ramps(n, seed, size=16):
+    "Pixels that grow brighter from left to right, or from top to bottom: the target."
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 2, n)
+    base = np.linspace(40, 200, size)[None].repeat(size, 0)
+    x = np.stack([base if t else base.T for t in y])[:, None] + rng.normal(0, 30, (n, 3, size, size))
+    return Faces.from_arrays(x.clip(0, 255).astype(np.uint8), y, protected=rng.integers(0, 2, n))
+
+
+MODERN = TrainConfig(epochs=4, batch_size=16, lr=3e-3, optimizer="adamw", weight_decay=0.05, schedule="cosine", warmup=0.1, layer_decay=0.8,
+                     clip=1.0, scale=(0.8, 1.0), flip=0.0)
+
+
+def trained(config=MODERN, n=120, **more):
+    return fit(TinyViT(), ramps(n, 0), ramps(60, 1), config=config, **{"device": "cpu", "progress": False, **more})
+
+
+def test_a_small_transformer_learns_by_adamw_warm_up_cosine_and_layer_decay():
+    fitted = trained(MODERN.model_copy(update={"epochs": 8}))
+    assert fitted.history.loss.iloc[-1] < 0.5 * fitted.history.loss.iloc[0] and fitted.val_accuracy > 0.9
+
+
+def test_what_is_held_does_not_move_by_a_bit_under_any_optimiser():
+    start = TinyViT().state_dict()
+    part = torch.arange(72).reshape(72, 1) % 5 == 0
+    mask = {"blocks.1.qkv.weight": part, "head.weight": torch.tensor(True), "blocks.0.norm1.bias": torch.arange(24) < 3}
+    for optimizer in ("sgd", "adam", "adamw"):
+        model = trained(MODERN.model_copy(update={"optimizer": optimizer, "weight_decay": 0.3, "accumulate": 2}), trainable=mask).model
+        for name, value in model.state_dict().items():
+            if name not in mask:
+                assert torch.equal(value, start[name]), (optimizer, name)
+        for name, chosen in mask.items():
+            moved = model.state_dict()[name] != start[name]
+            assert not (moved & ~chosen).any() and (moved | ~chosen).float().mean() > 0.9, (optimizer, name)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_an_interrupted_modern_run_goes_on_to_the_same_bits(tmp_path, optimizer):
+    config, left = MODERN.model_copy(update={"optimizer": optimizer, "accumulate": 3, "steps": 21}), []
+
+    def loss_fn(logits, y, rows):
+        if left:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        return classification_loss(logits, y)
+
+    whole = trained(config)
+    for calls in (25, 30):  # pieces; an epoch has fifteen or eighteen
+        left[:] = [calls]
+        with pytest.raises(KeyboardInterrupt):
+            trained(config, loss_fn=loss_fn, checkpoint=tmp_path / "c.pt")
+    left.clear()
+    resumed = trained(config, loss_fn=loss_fn, checkpoint=tmp_path / "c.pt")
+    assert whole.history.equals(resumed.history)
+    assert all(torch.equal(v, resumed.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
+    with pytest.raises(ValueError, match="other settings"):
+        trained(config.model_copy(update={"warmup": 0.2}), checkpoint=tmp_path / "c.pt")
+
+
+def rates_by_hand(lr, total, warm, cosine=False, milestones=(), epochs=1):
+    "The learning rate of every step, in plain arithmetic."
+    found = []
+    for s in range(total):
+        epoch = max(e for e in range(epochs) if e * total // epochs <= s)
+        rate = lr * math.prod(0.1 for m in milestones if epoch >= m)
+        if cosine:
+            rate = lr * 0.5 * (1 + math.cos(math.pi * max(0, s - warm) / (total - warm)))
+        found.append(rate * ((s + 1) / (warm + 1) if s < warm else 1))
+    return found
+
+
+@pytest.mark.parametrize("changes,expected", [
+    ({}, dict(total=24, warm=2, cosine=True)),
+    ({"warmup": 0.0}, dict(total=24, warm=0, cosine=True)),
+    ({"steps": 50, "warmup": 0.3}, dict(total=50, warm=15, cosine=True)),
+    ({"schedule": "milestones", "milestones": (1, 3)}, dict(total=24, warm=2, milestones=(1, 3), epochs=4)),
+    ({"schedule": "milestones", "milestones": (1,), "warmup": 0.0, "steps": 23}, dict(total=23, warm=0, milestones=(1,), epochs=4)),
+])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_every_step_has_the_learning_rate_of_its_schedule(changes, expected, accumulate):
+    config = MODERN.model_copy(update={**changes, "optimizer": "sgd", "layer_decay": None, "accumulate": accumulate})
+    used = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: used.append([g["lr"] for g in optimizer.param_groups]))
+    try:
+        history = fit(Line(), ramps(88, 0), None, config=config, device="cpu", progress=False).history
+    finally:
+        hook.remove()
+    by_hand = rates_by_hand(config.lr, **expected)
+    assert [rates for rates, in used] == pytest.approx(by_hand) and config.rates(88) == pytest.approx(by_hand)
+    ends = [(e + 1) * len(by_hand) // 4 - 1 for e in range(4)]
+    assert history.lr.tolist() == pytest.approx([by_hand[i] for i in ends])
+
+
+def test_layers_are_counted_from_the_image_to_the_answer():
+    depth = layer_depths(TinyViT())
+    assert {n: d for n, d in depth.items() if "blocks" not in n} == {
+        "cls": 0, "place": 0, "embed.weight": 1, "embed.bias": 1, "norm.weight": 5, "norm.bias": 5, "head.weight": 6, "head.bias": 6}
+    assert all(depth[n] == 2 + int(n.split(".")[1]) for n in depth if n.startswith("blocks."))
+    nested = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)), nn.Flatten(), nn.Linear(4, 1))
+    assert list(layer_depths(nested).values()) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_wrapper_is_no_layer():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.out = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 1)
+
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.scale, self.model = nn.Identity(), model
+
+    for model in (Plain(), TinyViT()):
+        assert list(layer_depths(Wrapper(Wrapper(model))).values()) == list(layer_depths(model).values())
+    assert list(layer_depths(Plain()).values()) == [0, 0, 1, 1, 2, 2]
+
+
+def test_layers_of_networks_that_people_have():
+    from transformers import ViTConfig, ViTForImageClassification
+    small = ViTConfig(hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8, image_size=16, patch_size=8)
+    depth = layer_depths(ViTForImageClassification(small))
+    of = [{d for n, d in depth.items() if f".{i}." in n} for i in range(3)]
+    assert all(len(d) == 1 for d in of) and [d.pop() for d in of] == [1, 2, 3] and depth["classifier.weight"] == max(depth.values()) == 5
+    pytest.importorskip("timm")
+    depth = layer_depths(create_model("timm/vit_tiny_patch16_224"))
+    assert [depth[n] for n in ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.11.mlp.fc2.bias", "head.bias")] == [
+        0, 1, 2, 13, 15]
+    depth = layer_depths(create_model("resnet18"))
+    assert len(set(depth.values())) == 11 and depth["layer2.0.downsample.0.weight"] == depth["layer2.0.conv1.weight"] == 4
+
+
+def test_adamw_with_layer_decay_and_clipping_is_pytorchs():
+    "The whole set in one batch; every tensor a group of its own, with a learning rate and a decay worked out by hand."
+    data, config = ramps(40, 0), MODERN.model_copy(update={"batch_size": 40, "epochs": 6, "scale": (1.0, 1.0), "clip": 0.5})
+    ours = fit(TinyViT(), data, None, config=config, device="cpu", progress=False).model
+    model, x, y = TinyViT(), normalize(data.gather(slice(None))), torch.tensor(data.target).float()
+    depth = {"cls": 0, "place": 0, "embed": 1, "norm": 5, "head": 6}
+    groups = []
+    for name, p in model.named_parameters():
+        first, second = (name.split(".") + [""])[:2]
+        d = 2 + int(second) if first == "blocks" else depth[first]
+        groups.append({"params": [p], "share": 0.8 ** (6 - d), "weight_decay": 0.05 if p.ndim > 1 else 0.0})
+    adamw = torch.optim.AdamW(groups, lr=1.0)
+    for rate in rates_by_hand(3e-3, 6, 1, True):
+        for group in adamw.param_groups:
+            group["lr"] = rate * group["share"]
+        adamw.zero_grad()
+        F.binary_cross_entropy_with_logits(model(x)[:, 0], y).backward()
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        for p in model.parameters():
+            p.grad *= min(1.0, 0.5 / norm.item())
+        adamw.step()
+    for (name, a), b in zip(ours.named_parameters(), model.parameters(), strict=True):
+        keys = slice(24, 48) if name.endswith("qkv.bias") else slice(0)  # their gradient is zero but for rounding, which Adam makes large
+        a.data[keys], b.data[keys] = 0, 0
+        assert torch.allclose(a, b, atol=2e-5), name
+
+
+def test_the_norm_that_is_clipped_is_that_of_what_may_move():
+    data, config = faces(64), PLAIN.model_copy(update={"batch_size": 64, "epochs": 1, "momentum": 0.0, "weight_decay": 0.0, "lr": 1.0})
+    mask = {"out.weight": torch.tensor([[True, False, False]])}
+    model = fit(Line(), data, None, config=config.model_copy(update={"clip": 1e-4}), trainable=mask, device="cpu", progress=False).model
+    assert model.out.weight.abs().detach().numpy() == pytest.approx(np.array([[1e-4, 0, 0]]), rel=1e-2)
+
+
+# accumulation
+
+def seen_by(config, n):
+    "Pixels and rows that a network and its loss are given, batch by batch, and the network when it is trained."
+    pixels, rows = [], []
+
+    class Watched(TinyViT):
+        def forward(self, x):
+            if self.training:
+                pixels.append(x.detach().clone())
+            return super().forward(x)
+
+    def loss_fn(logits, y, of):
+        rows.append(of)
+        assert len(of) == len(y) == len(logits) > 1
+        return classification_loss(logits, y)
+
+    fitted = fit(Watched(), ramps(n, 0), ramps(30, 1), config=config, loss_fn=loss_fn, device="cpu", progress=False)
+    return torch.cat(pixels), torch.cat(rows), max(map(len, rows)), fitted
+
+
+@pytest.mark.parametrize("n", [64, 67, 70])
+def test_pieces_are_the_batch(n):
+    "The same images, crops and order, and the same weights but for the order of summation."
+    config = MODERN.model_copy(update={"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "layer_decay": None})
+    x, rows, most, whole = seen_by(config, n)
+    for pieces, expected in ((2, 8), (5, 4), (8, 2 + n % 2)):  # three images that are left over are one piece
+        x_pieces, rows_pieces, most_pieces, parts = seen_by(config.model_copy(update={"accumulate": pieces}), n)
+        assert torch.equal(x, x_pieces) and torch.equal(rows, rows_pieces) and (most, most_pieces) == (16, expected)
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
+        assert np.allclose(whole.history, parts.history, atol=1e-4)
+
+
+def test_the_gradient_of_pieces_is_that_of_the_batch():
+    "One step of plain descent moves every weight by the gradient of the mean loss, in pieces of unequal size too."
+    data = ramps(23, 0)
+    config = TrainConfig(epochs=1, batch_size=23, lr=1.0, momentum=0, weight_decay=0, scale=(1.0, 1.0), flip=0.0, accumulate=5)
+    model, x, y = TinyViT(), normalize(data.gather(slice(None))), torch.tensor(data.target).float()
+    moved = fit(TinyViT(), data, None, config=config, device="cpu", progress=False).model
+    gradient = torch.autograd.grad(F.binary_cross_entropy_with_logits(model(x)[:, 0], y), model.parameters())
+    for before, after, g in zip(model.parameters(), moved.parameters(), gradient, strict=True):
+        assert torch.allclose(before - after, g, atol=1e-5)
+
+
+def test_pieces_of_a_batch_norm_network_hold_two_images():
+    "Seventeen images in batches of five: the last batch holds two."
+    config = PLAIN.model_copy(update={"batch_size": 5, "accumulate": 2})
+    assert np.isfinite(fit(narrow_resnet18(8), faces(17), faces(9), config=config, device="cpu", progress=False).history.loss).all()
+
+
+# settings and what is kept of them
+
+def test_settings_that_came_later_do_not_change_what_older_results_are_known_by():
+    "Results and checkpoints are found by the dump of their settings, in this order."
+    old = {"epochs": 15, "steps": None, "optimizer": "sgd", "batch_size": 128, "lr": 0.01, "momentum": 0.9, "weight_decay": 0.0001,
+           "milestones": (10,), "gamma": 0.1, "scale": (0.08, 1.0), "flip": 0.5, "precision": "auto"}
+    assert list(TrainConfig().model_dump().items()) == list(old.items())
+    assert TrainConfig(**old).model_dump_json() == ('{"epochs":15,"steps":null,"optimizer":"sgd","batch_size":128,"lr":0.01,"momentum":0.9,'
+                                                    '"weight_decay":0.0001,"milestones":[10],"gamma":0.1,"scale":[0.08,1.0],"flip":0.5,'
+                                                    '"precision":"auto"}')
+    later = {"schedule": "cosine", "warmup": 0.1, "layer_decay": 0.75, "clip": 1.0, "accumulate": 4}
+    for name, value in later.items():
+        config = TrainConfig(**{name: value})
+        assert config.model_dump() == {**old, name: value} and TrainConfig(**config.model_dump()) == config
+        assert config.model_copy(update={name: TrainConfig.model_fields[name].default}).model_dump() == old
+
+
+def test_a_checkpoint_of_an_older_release_is_continued(tmp_path):
+    "Its groups of tensors knew of no share of the learning rate."
+    config, file = PLAIN.model_copy(update={"scale": (0.5, 1.0)}), tmp_path / "c.pt"
+
+    def stop(steps, epoch, figures):
+        raise KeyboardInterrupt
+
+    whole = fit(Line(), faces(), None, config=config, device="cpu", progress=False).model
+    with pytest.raises(KeyboardInterrupt):
+        fit(Line(), faces(), None, config=config, device="cpu", progress=False, checkpoint=file, callback=stop)
+    kept = torch.load(file, weights_only=True)
+    for group in kept["optimizer"]["param_groups"]:
+        del group["scale"]
+    torch.save(kept, file)
+    resumed = fit(Line(), faces(), None, config=config, device="cpu", progress=False, checkpoint=file).model
+    assert torch.equal(resumed.out.weight, whole.out.weight)
+
+
+@pytest.mark.parametrize("wrong,message", [
+    ({"optimizer": "lamb"}, "optimizer = 'lamb': input should be 'sgd', 'adam' or 'adamw'"),
+    ({"schedule": "linear"}, "schedule = 'linear': input should be 'milestones' or 'cosine'"),
+    ({"warmup": 1.0}, "warmup = 1.0: input should be less than 1"),
+    ({"warmup": -0.1}, "warmup = -0.1: input should be greater than or equal to 0"),
+    ({"layer_decay": 1.5}, "layer_decay = 1.5: input should be less than or equal to 1"),
+    ({"clip": 0}, "clip = 0: input should be greater than 0"),
+    ({"accumulate": 0}, "accumulate = 0: input should be greater than or equal to 1"),
+    ({"accumulate": 9, "batch_size": 16}, "accumulate = 9 pieces of a mini-batch of 16 images hold fewer than two each; 8 is the most"),
+])
+def test_settings_that_cannot_be_are_told_in_a_line(wrong, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as told:
+        TrainConfig(**wrong)
+    assert "\n" not in str(told.value)
+
+
+# callbacks
+
+def test_a_callback_is_told_steps_epoch_and_figures():
+    told = []
+    config = HELD.model_copy(update={"steps": 11})
+    fitted = fit(Line(), faces(48), faces(9, seed=1), config=config, device="cpu", progress=False, criteria={"mean": np.mean},
+                 callback=lambda *what: told.append(what))
+    assert [(steps, epoch) for steps, epoch, _ in told] == [(3, 0), (7, 1), (11, 2)]
+    assert [figures for *_, figures in told] == fitted.history.to_dict("records") and set(told[0][2]) == {
+        "lr", "loss", "train_accuracy", "val_accuracy", "mean"}
+
+
+def test_a_callback_that_raises_ends_the_run_with_its_own_error_and_leaves_the_checkpoint(tmp_path):
+    class Full(Exception):
+        pass
+
+    told = []
+
+    def callback(steps, epoch, figures):
+        told.append(epoch)
+        figures.clear()  # which is nobody else's
+        if epoch == 1:
+            raise Full("no space left")
+
+    with pytest.raises(Full, match="^no space left$"):
+        trained(callback=callback, checkpoint=tmp_path / "c.pt")
+    assert len(torch.load(tmp_path / "c.pt", weights_only=True)["history"]) == 2
+    resumed, whole = trained(checkpoint=tmp_path / "c.pt", callback=lambda s, e, f: told.append(e)), trained()
+    assert told == [0, 1, 2, 3] and resumed.history.equals(whole.history)
+    assert all(torch.equal(v, resumed.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
+
+
+def test_tensorboard_reads_what_its_callback_writes(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    history = trained(callback=tensorboard_callback(tmp_path / "run")).history
+    found = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [e.value for e in found.Scalars("loss")] == pytest.approx(history.loss.tolist(), rel=1e-6)
+    assert [e.step for e in found.Scalars("val_accuracy")] == [8, 16, 24, 32]
+    fit(Line(), faces(), None, config=PLAIN, device="cpu", progress=False, callback=tensorboard_callback(tmp_path / "blind"))
+    assert "val_accuracy" not in EventAccumulator(str(tmp_path / "blind")).Reload().Tags()["scalars"]
+
+
+def test_trackio_keeps_what_its_callback_logs(tmp_path):
+    pytest.importorskip("trackio")
+    code = ("from test_training import trained; import trackio; from trackio.sqlite_storage import SQLiteStorage\n"
+            "from aimfair.training import trackio_callback\n"
+            "history = trained(callback=trackio_callback('faces', name='first')).history; trackio.finish()\n"
+            "kept = SQLiteStorage.get_logs('faces', 'first')\n"
+            "print([round(row['loss'], 5) for row in kept] == [round(x, 5) for x in history.loss], [row['step'] for row in kept])")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent, env={
+        **os.environ, "TRACKIO_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "True [8, 16, 24, 32]"
+
+
+@pytest.mark.parametrize("make,module,name", [(tensorboard_callback, "torch.utils.tensorboard", "tensorboard"),
+                                              (trackio_callback, "trackio", "trackio")])
+def test_a_missing_extra_is_named(monkeypatch, make, module, name):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"^{name}_callback needs the extra: pip install 'aimfair\[{name}\]'") as told:
+        make("runs")
+    assert "\n" not in str(told.value)

@@ -17,7 +17,8 @@ from ..data import Augment, Faces, batches
 from ..device import pick_device, seeded
 from ..groups import Group, group_indices
 from ..models import classification_loss, copy_model, logits_of, settle_format
-from ..training import Loss
+from ..training import Loss, movable_tensors
+from ..training.loop import add_gradients
 
 # %% ../../nbs/11_sensitivity/01_gradients.ipynb #98d4f05a
 Gradients = dict[str, torch.Tensor]  # parameter name -> gradient, float32 on the CPU
@@ -25,26 +26,32 @@ Batches = Iterable[tuple[torch.Tensor, ...]]  # (images, target labels), and whe
 
 
 def _probe(model, device):
-    "A copy whose every parameter takes gradients."
-    return copy_model(model).to(device).requires_grad_(True)
+    "A copy of which all that may be updated takes gradients, and nothing else."
+    probe, movable = copy_model(model).to(device), set(movable_tensors(model))
+    for name, p in probe.named_parameters():
+        p.requires_grad_(name in movable)
+    return probe
 
 
-def _gradient_sums(probe, batches, loss_fn, device):
+def _gradient_sums(probe, batches, loss_fn, device, pieces=1):
     "Sum over batches of the batch gradients, on the probe's `.grad`; returns the number of batches and images."
+    def logits(x): return logits_of(probe, x.contiguous(memory_format=layout))
+
     probe.zero_grad(set_to_none=True)
     n_batches = n_images = 0
     layout = None
     for x, y, *more in batches:
         x, rows = x.to(device), more[1] if len(more) > 1 else None
         layout = layout or settle_format(probe, x)
-        loss_fn(logits_of(probe, x.contiguous(memory_format=layout)), y.to(device), rows).backward()  # .grad accumulates
+        add_gradients(logits, loss_fn, x, y.to(device), rows, pieces)
         n_batches, n_images = n_batches + 1, n_images + len(y)
     return n_batches, n_images
 
 
 def _collect(probe, divisor):
     "The accumulated gradients divided by `divisor`; zeros where the loss does not depend on a tensor."
-    return {n: (torch.zeros_like(p) if p.grad is None else p.grad / divisor).cpu().contiguous() for n, p in probe.named_parameters()}
+    return {n: (torch.zeros_like(p) if p.grad is None else p.grad / divisor).cpu().contiguous() for n, p in probe.named_parameters()
+            if p.requires_grad}
 
 # %% ../../nbs/11_sensitivity/01_gradients.ipynb #c5b24abf
 def mean_gradients(
@@ -52,6 +59,7 @@ def mean_gradients(
     batches: Batches,  # mini-batches of (images in [-1, 1], target labels, ...)
     *, loss_fn: Loss = classification_loss,  # (logits, labels, rows) -> scalar mean; rows is None where the batches have none
     train_mode: bool = True,  # batch statistics as in the paper; False uses the model's running statistics
+    accumulate: int = 1,  # pieces of a mini-batch, of two images at least, computed one after another to save memory
     seed: int = 0,  # for dropout
     device: str | None = None,  # None picks the best there is
 ) -> Gradients:  # {name: gradient averaged over the batches}
@@ -59,7 +67,7 @@ def mean_gradients(
     device = pick_device(device)
     probe = _probe(model, device).train(train_mode)
     with seeded(seed):
-        n, _ = _gradient_sums(probe, batches, loss_fn, device)
+        n, _ = _gradient_sums(probe, batches, loss_fn, device, accumulate)
     if n == 0:
         raise ValueError("no mini-batch to take gradients from: the set holds fewer images than one batch")
     return _collect(probe, n)
@@ -71,6 +79,7 @@ def gradient_pass(
     *, batch_size: int = 128,  # a smaller set is one batch
     augment: Augment | None = None,  # None: the plain images
     passes: int = 1,  # over the set
+    accumulate: int = 1,  # pieces of a mini-batch, as for `mean_gradients`
     seed: int = 0,  # of order, augmentation and dropout
     device: str | None = None,  # None picks the best there is
     progress: bool = False,  # show a bar
@@ -81,7 +90,7 @@ def gradient_pass(
     how = dict(shuffle=True, drop_last=True, augment=augment, generator=generator, device=device)
     several = (batch for _ in range(passes) for batch in batches(faces, size, **how))
     bar = progress_bar(several, total=passes * (len(faces) // max(size, 1)), desc=f"gradients, {name}", disable=not progress)
-    return mean_gradients(model, bar, seed=seed, device=device)
+    return mean_gradients(model, bar, accumulate=accumulate, seed=seed, device=device)
 
 # %% ../../nbs/11_sensitivity/01_gradients.ipynb #1288ba02
 @dataclass

@@ -18,7 +18,7 @@ from ..core import unknown
 from ..models import head_of
 from .gradients import Gradients
 from .ranking import rank_units
-from ..training import Mask, check_mask
+from ..training import Mask, check_mask, movable_tensors
 
 # %% ../../nbs/11_sensitivity/03_masks.ipynb #19a6ce6a
 def mask_shares(
@@ -49,7 +49,7 @@ def random_parameters(
     "A random share of a model's tensors. Raises `ValueError` for a share out of range."
     if not 0 < share <= 1:
         raise ValueError(f"share={share} is not in (0, 1]")
-    names = [n for n, _ in model.named_parameters()]
+    names = movable_tensors(model)
     order = np.random.default_rng(seed).permutation(len(names))
     return {names[i] for i in order[: max(1, round(share * len(names)))]}
 
@@ -70,7 +70,7 @@ def blocks(
     model: nn.Module,
 ) -> dict[str, list[str]]:  # {block: its tensors}, both in the model's order
     "The blocks of a model: stem, layer1 to layer4 and head of a ResNet; children that own tensors elsewhere, the last layer's called head."
-    head, of = head_of(model), _halved([n for n, _ in model.named_parameters()])
+    head, of = head_of(model), _halved(movable_tensors(model))
     found, prefix = {}, next((b[: -len("layer1")] for b in of.values() if re.search(r"(^|\.)layer1$", b)), None)
     before = list(dict.fromkeys(of.values()))
     before = before[: before.index(f"{prefix}layer1")] if prefix is not None else []
@@ -90,7 +90,7 @@ def block_parameters(
     if block not in found:
         raise ValueError(unknown("block", block, found))
     inside = set(found[block])
-    names = {n for n, _ in model.named_parameters()} - inside if others else inside
+    names = set(movable_tensors(model)) - inside if others else inside
     if not names:
         raise ValueError(f"{block} is the only block of {type(model).__name__}: nothing is left without it")
     return names
