@@ -24,7 +24,7 @@ from ..device import pick_device
 from ..groups import Group, group_name, parse_majority
 from ..data import Faces
 from ..models import check_model, copy_model
-from ..training import Fitted, TrainConfig, predict
+from ..training import Fitted, TrainConfig, movable_tensors, predict
 from ..sensitivity import Gradients, gradient_pass, paper_k, select_parameters, sensitivity_table
 from ..finetuning import FINETUNE, ChosenK, Strategy, choose_k, finetune, trainable_parameters
 from .inputs import adapt, find_majority, gather_images, group_scores, synthetic_sets
@@ -124,7 +124,7 @@ def _whole_number(value, low, high=np.inf):
 def _check_options(aim):
     "Raise `ValueError` for an option of `AIMFair` that cannot be."
     check_model(aim.model)
-    n = sum(1 for _ in aim.model.parameters())
+    n = len(movable_tensors(aim.model))
     if not 0 <= aim.bias < 1:
         raise ValueError(f"bias is {aim.bias}; expected minority : majority in [0, 1), such as 1/9 (1 would be balanced)")
     if aim.k not in (None, "auto") and not _whole_number(aim.k, 1, n):
@@ -164,8 +164,8 @@ class _Tuned:
 
 def _gradients(aim, model, sets, kept, device):
     "Mean gradients of the model on each set, in the model's order (paper: SMG)."
-    order = [n for n, _ in model.named_parameters()]
-    how = {"batch_size": aim.gradient_batch_size, "augment": aim.config.augment(), "seed": aim.seed, "progress": aim.progress}
+    order, how = movable_tensors(model), {name: getattr(aim, name) for name in ("seed", "progress")}
+    how |= {"batch_size": aim.gradient_batch_size, "augment": aim.config.augment(), "accumulate": aim.config.accumulate}
     return {name: kept.gradients(name, order, lambda n=name, f=faces: gradient_pass(model, f, name=n, device=device, **how))
             for name, faces in sets.items()}
 
@@ -208,7 +208,7 @@ def _setup(aim, images, sets, majority, accuracy, tuned):
     "The facts of a run, as plain values."
     batch = {"gradient_batch_size": aim.gradient_batch_size} if aim.strategy == "selective" else {}
     batch |= {} if tuned.choice is None else {"rule": tuned.choice.rule}
-    return {"strategy": aim.strategy, "tensors": sum(1 for _ in aim.model.parameters()), "k": tuned.k, "bias": aim.bias,
+    return {"strategy": aim.strategy, "tensors": len(movable_tensors(aim.model)), "k": tuned.k, "bias": aim.bias,
             "per_group": aim.per_group, "seed": aim.seed, "freeze_batchnorm": aim.freeze_batchnorm,
             "average": aim.average, "mix": aim.mix,
             "config": json.loads(aim.config.model_dump_json()), "image_size": list(images.real.size), "images": _counts(sets, images),
