@@ -80,7 +80,7 @@ def predict_logits(
     "Logits of every face in evaluation mode, without augmentation; the model's mode is put back."
     device = pick_device(device)
     model, layout = _placed(model, faces, device)
-    with evaluating(model), torch.inference_mode(), autocast(device, precision):
+    with evaluating(model), torch.no_grad(), autocast(device, precision):  # inference tensors that a network keeps would stop training
         images = (batch.images.contiguous(memory_format=layout) for batch in batches(faces, batch_size, device=device))
         return torch.cat([logits_of(model, x).cpu() for x in images]).numpy()
 
