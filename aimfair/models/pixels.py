@@ -66,7 +66,7 @@ def measured_pixels(
     middle = black + scale * 51 / 255 if n == 3 else black
     if sorted(order) != [0, 1, 2] or (scale <= 0).any() or not np.allclose(middle, _processed(processor, (51, 51, 51))[0], atol=1e-3):
         raise ValueError(f"{type(processor).__name__} does more than to normalise red, green and blue; give mean and std")
-    mean, std = (tuple(round(float(v), 6) for v in values) for values in (-black / scale, 1 / scale))
+    mean, std = (tuple(float(f"{v:.7g}") for v in values) for values in (-black / scale, 1 / scale))
     return Pixels(mean, std, order, None if size == [500, 500] else tuple(size), "image processor")
 
 # %% ../../nbs/09_models/04_pixels.ipynb #0275ebcd
