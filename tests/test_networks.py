@@ -196,6 +196,25 @@ def test_both_heads_of_distilled_transformers_move():
     assert model.distilled_training
 
 
+def test_heads_that_stand_in_parts_of_their_own():
+    import transformers as hf
+    assert heads_of(hf.LevitForImageClassificationWithTeacher(hf.LevitConfig(num_labels=2))) == ["classifier", "classifier_distill"]
+    ordinary = nn.Sequential(*(nn.ModuleDict({"a": nn.Linear(4, 8), "b": nn.Linear(8, 4)}) for _ in range(3)))
+    assert heads_of(ordinary) == ["2.b"]
+
+
+def test_a_folder_of_timms(tmp_path):
+    timm = pytest.importorskip("timm")
+    from timm.models import save_for_hf
+    with seeded(0):
+        model = timm.create_model("resnet10t", num_classes=2)
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "input_size": (3, 96, 96)}
+    save_for_hf(model, tmp_path / "own", model_config={"label_names": ["no", "yes"]})
+    found = model_from(f"hf/{tmp_path}/own")
+    assert same(state(found), state(model)) and class_names_of(found) == ["no", "yes"]
+    assert pixels_of(found).mean == (0.1, 0.2, 0.3) and image_size(found) == 96
+
+
 # --- hard to copy or to train
 
 
@@ -528,6 +547,30 @@ def test_weights_in_parts_of_the_older_kind(tmp_path):
 
 
 # --- from files to files
+
+
+def test_interrupted_and_continued_it_is_saved_in_its_form(folder, tmp_path, monkeypatch):
+    from transformers import AutoModelForImageClassification
+
+    from aimfair.pipeline import method
+    source = folder("clip")
+    images = {"real": faces(32, 0), "synthetic": faces(64, 1), "val": faces(32, 2)}
+    whole = fit(model_from(str(source))).save(tmp_path / "whole")
+
+    def interrupt(*args, **how):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(method, "finetune", interrupt)
+        AIMFair(model_from(str(source)), **RUN).fit(**images, checkpoint=tmp_path / "kept")
+    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 3
+    other = model_from(str(source))
+    with pytest.raises(ValueError, match="unfinished work of another run"):
+        AIMFair(other, **RUN, mean=(0, 0, 0), std=(1, 1, 1)).fit(**images, checkpoint=tmp_path / "kept")
+    again = AIMFair(other, **RUN).fit(**images, checkpoint=tmp_path / "kept").save(tmp_path / "again")
+    one, two = (AutoModelForImageClassification.from_pretrained(place) for place in (whole, again))
+    assert same(state(one), state(two))
+    assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in again.iterdir())
 
 
 def test_the_command_with_a_hugging_face_folder(folder, tmp_path):

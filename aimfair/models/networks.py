@@ -120,17 +120,24 @@ def _told_heads(model):
     return []
 
 
-def _shapes(layer):
-    return [tuple(p.shape) for p in layer.parameters(recurse=False) if not isinstance(p, nn.parameter.UninitializedTensorMixin)]
+def _shapes(module):
+    "Shapes of the tensors of a module that maps to another number of features, else nothing."
+    found = [tuple(p.shape) for p in module.parameters() if not isinstance(p, nn.parameter.UninitializedTensorMixin)]
+    return found if any(len(s) > 1 and s[0] != s[1] for s in found) and len(found) <= 4 else []  # a layer, and perhaps a norm
 
 
 def _beside(model, name):
-    "Layers of the same class and shape as this one, and beside it; of an ordinary chain of layers, it alone."
-    parent, layer, shapes = name.rpartition(".")[0], model.get_submodule(name), _shapes(model.get_submodule(name))
-    holder = model.get_submodule(parent)
-    if not name or isinstance(holder, nn.Sequential) or not shapes or len(shapes[0]) < 2 or shapes[0][0] == shapes[0][1]:
-        return [name]
-    return [f"{parent}.{n}".lstrip(".") for n, m in holder.named_children() if type(m) is type(layer) and _shapes(m) == shapes]
+    "This layer and its like: of the same class and shape, and beside it, or each in a part that holds little else."
+    while name:
+        parent, part = name.rpartition(".")[0], model.get_submodule(name)
+        holder, shapes = model.get_submodule(parent), _shapes(part)
+        if isinstance(holder, nn.Sequential) or not shapes:
+            break
+        like = [f"{parent}.{n}".lstrip(".") for n, m in holder.named_children() if type(m) is type(part) and _shapes(m) == shapes]
+        if len(like) > 1:
+            return like
+        name = parent
+    return []
 
 # %% ../../nbs/09_models/01_networks.ipynb #0025634f
 def heads_of(
@@ -140,7 +147,7 @@ def heads_of(
     if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
         check_model(model)
     last = [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))][-1]
-    return _told_heads(model) or _beside(model, last)
+    return _told_heads(model) or _beside(model, last) or [last]
 
 
 def head_of(

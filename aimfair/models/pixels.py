@@ -141,7 +141,9 @@ def class_names_of(
 ) -> list[str] | None:  # one a class, in the order of the model's outputs; None where it has none
     "What a model calls its classes."
     named = getattr(getattr(model, "config", None), "id2label", None)
-    named = named if isinstance(named, dict) else {}
+    told = getattr(model, "pretrained_cfg", None)
+    told = dict(enumerate(told.get("label_names") or ())) if isinstance(told, dict) else {}  # of timm's
+    named = named if isinstance(named, dict) else told
     try:
         names = [str(named[i]) for i in sorted(named, key=int)]
     except ValueError:

@@ -8,6 +8,7 @@ __all__ = ['create_model', 'model_from', 'origin_of', 'save_model']
 # %% ../../nbs/09_models/05_sources.ipynb #96bfd531
 import importlib
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -152,6 +153,19 @@ def _trained(where):
     return model
 
 
+def _timm_folder(folder, config, weights):
+    "A classifier of timm's as the hub keeps it: weights beside a config.json that names the architecture."
+    import timm
+    more = {**config.get("model_args", {}), **({"num_classes": config["num_classes"]} if "num_classes" in config else {})}
+    try:
+        model = timm.create_model(config["architecture"], pretrained=False, **more)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder.name}: timm cannot build {config['architecture']}: {one_line(error)}") from error
+    names = {"label_names": config["label_names"]} if config.get("label_names") else {}
+    model.pretrained_cfg = {**model.pretrained_cfg, **config.get("pretrained_cfg", {}), **names}
+    return load_all_weights(model, read_weights(weights or folder), str(folder))
+
+
 def _huggingface(name, weights):
     "A classifier of transformers' with its image processor."
     where = str(Path(name).expanduser())
@@ -159,6 +173,8 @@ def _huggingface(name, weights):
         raise FileNotFoundError(f"model {name!r}: no such folder")
     if Path(where).is_dir() and not Path(where, "config.json").is_file():
         raise ValueError(f"{name} is no model of Hugging Face's: it holds no config.json; expected a folder that save_pretrained wrote")
+    if Path(where).is_dir() and "architecture" in (config := json.loads(Path(where, "config.json").read_text(encoding="utf-8"))):
+        return _timm_folder(Path(where), config, weights)
     with quiet_libraries("transformers"):
         from transformers import AutoImageProcessor
         model = _trained(where)
