@@ -35,7 +35,7 @@ def _named_answer(parts):
         raise OutputError(f"it returns {shapes}, and nothing called logits or out; have its forward return the logits alone")
     return answer_of(parts[name])
 
-
+# %% ../../nbs/09_models/03_outputs.ipynb #2d7adb47
 def answer_of(
     out,  # what a model returned
 ) -> torch.Tensor:  # of any shape

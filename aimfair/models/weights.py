@@ -46,7 +46,7 @@ def _checkpoint(path):
         with serialization.safe_globals([(_Inert, name) for name in unknown]):
             return torch.load(path, map_location="cpu", weights_only=True)
 
-
+# %% ../../nbs/09_models/02_weights.ipynb #1cfa71b5
 def _state_dicts(value, name="", depth=4):
     "Named tensors in a checkpoint, each with the dotted name of its place, the outermost first."
     if isinstance(value, dict) and depth:
@@ -96,7 +96,7 @@ def _other_kind(path):
         return "is TorchScript, which is a program: save the state dict of the Python network, torch.save(model.state_dict(), path)"
     return None
 
-
+# %% ../../nbs/09_models/02_weights.ipynb #ee76ca28
 _FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
@@ -150,7 +150,7 @@ def _best_prefix(state, own):
         raise WeightsError(f"the weights of {len(best)} networks are there, {listed(best)}; save the state dict of the one you mean")
     return plain[0]
 
-
+# %% ../../nbs/09_models/02_weights.ipynb #ac4feb59
 def renamed(
     state: dict[str, torch.Tensor],  # a state dict
     own: Iterable[str],  # names of a model's tensors

@@ -17,7 +17,7 @@ from ..core import DataError, listed, one_line
 from ..groups import Group, Majority, balanced_counts, group_indices, group_name, group_sizes
 from ..groups import held_out_rows, hold_out, largest_biased_counts, take_groups
 from ..data import Faces, faces_table, load_faces, normalize
-from ..models import Adapted, OutputError, class_names_of
+from ..models import Adapted, OutputError, class_names_of, first_look
 
 # %% ../../nbs/14_pipeline/01_inputs.ipynb #60004f5a
 def _true_class_probability(predictions):
@@ -68,7 +68,7 @@ def _outputs(adapted, faces, device):
     "Number of logits, for some of the images."
     some = np.linspace(0, len(faces) - 1, min(32, len(faces)), dtype=int)
     adapted.model.to(device)
-    return adapted.look(normalize(faces.gather(some)).to(device).contiguous())
+    return first_look(adapted, normalize(faces.gather(some)).to(device).contiguous())
 
 
 def _called(model, classes):
