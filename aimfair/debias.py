@@ -26,7 +26,10 @@ def _table_digest(table):
 
 
 def _model_name(spec):
-    "A model's name; for a function in a file, its name and the file's contents."
+    "A model's name; for a function in a file, or a folder, its name and the contents."
+    folder = Path(str(spec).removeprefix("hf/")).expanduser()
+    if folder.is_dir():
+        return f"a folder {file_digest(folder)}"
     where, _, name = str(spec).rpartition(":")
     return f"{name} in a file {file_digest(where)}" if where.endswith(".py") and Path(where).is_file() else str(spec)
 
@@ -34,7 +37,7 @@ def _model_name(spec):
 def _record(options, tables, files):
     "What the numbers of a result depend on, as plain JSON values."
     for name, file in files.items():
-        if file is not None and not Path(file).is_file():
+        if file is not None and not Path(file).exists():
             raise FileNotFoundError(f"{name}: no such file {file}")
     contents = {name: _table_digest(t) for name, t in tables.items()} | {name: file and file_digest(file) for name, file in files.items()}
     return json.loads(json.dumps(options | {f"{name} (contents)": value for name, value in contents.items()}))
@@ -102,8 +105,8 @@ def _finetune_config(**changes):
 
 # %% ../nbs/15_debias.ipynb #c852a58f
 def debias(
-    *, model: str,  # a torchvision name, "timm/NAME", "package.module:function" or "path/to/file.py:function"
-    weights: str | Path | None = None,  # the biased model's weights, head included
+    *, model: str,  # a torchvision name, "timm/NAME", "hf/NAME", a folder, "package.module:function" or "path/to/file.py:function"
+    weights: str | Path | None = None,  # the biased model's weights, head included; a Hugging Face model has its own
     real: str | Path,  # real training images: CSV (image, target) or folder; groups are not read
     synthetic: str | Path,  # synthetic images by group: folder with T_P folders or a manifest
     val: str | Path,  # real validation images, as `real`
@@ -117,7 +120,7 @@ def debias(
     batch_size: int | None = None,  # None: 128; also of the gradient passes
     crop: float | None = None,  # smallest area of the random crop, in (0, 1]; None: 0.08
     size: int | None = None,  # images become size x size pixels; None: what the model is known for
-    mean: tuple[float, ...] | None = None,  # with std: the model's own normalisation; None: it takes pixels in [-1, 1]
+    mean: tuple[float, ...] | None = None,  # with std: the model's normalisation; None: what its library knows, else pixels in [-1, 1]
     std: tuple[float, ...] | None = None,
     freeze_batchnorm: bool = False,  # True keeps running statistics
     average: float | None = None,  # share of the fine-tuned weights in their average with those before, in (0, 1]; None: no average

@@ -22,7 +22,7 @@ from .core import DataError, shown_figure, unknown
 from .data import Faces
 from .groups import Group, group_indices, group_name, group_sizes, take_groups
 from .metrics import fairness_report
-from .models import copy_model, head_of, predicted_labels, sample_losses
+from .models import copy_model, head_parameters, predicted_labels, sample_losses
 from .sensitivity import Gradients, Ranking, mask_size, paper_k, rank_units
 from .training import Callback, Criteria, Fitted, Mask, TrainConfig, accuracy, fit, movable_tensors, moving_tensors, predict_logits
 from .training import judge as validation_figures
@@ -33,7 +33,7 @@ Strategy = Literal["selective", "full", "linear_probe"]
 
 def trainable_parameters(
     model: nn.Module,
-    strategy: Strategy,  # "selective" (needs `mask`), "full", or "linear_probe" (the last layer)
+    strategy: Strategy,  # "selective" (needs `mask`), "full", or "linear_probe" (the last layer; of two heads both)
     mask: Mask | None = None,  # names, or booleans by name, from `select_parameters` or `make_mask` of `aimfair.sensitivity`
 ) -> set[str]:  # names of the tensors that a strategy updates, wholly or in part
     "The tensors that a fine-tuning strategy updates. Raises `ValueError` for an unknown strategy or a missing or empty mask."
@@ -41,7 +41,7 @@ def trainable_parameters(
     if strategy == "full":
         return names
     if strategy == "linear_probe":
-        if not (of_head := {n for n in names if n.startswith(head_of(model) + ".")}):
+        if not (of_head := names & set(head_parameters(model))):
             raise ValueError(f"the head of {type(model).__name__} is frozen beside its adapters; peft takes it in modules_to_save")
         return of_head
     if strategy != "selective":

@@ -18,7 +18,7 @@ from .register import MethodSettings, baseline
 from ..data import Faces
 from ..device import stream_seed
 from ..groups import group_numbers
-from ..models import classification_loss, copy_model, head_of
+from ..models import classification_loss, copy_model, head_of, heads_of
 from ..training import Best, Fitted, figures_of, predict_logits
 
 # %% ../../nbs/13_baselines/05_labelled.ipynb #078e4339
@@ -47,6 +47,8 @@ def features_of(
 ) -> torch.Tensor:  # N x D float32, what the head is given
     "Features of every face, in evaluation mode. Raises `ValueError` where the head is not a linear layer."
     head, seen = model.get_submodule(head_of(model)), []
+    if len(heads_of(model)) > 1:
+        raise ValueError(f"{type(model).__name__} has {len(heads_of(model))} heads, {', '.join(heads_of(model))}; DFR needs a single one")
     if not isinstance(head, nn.Linear):
         raise ValueError(f"the head of {type(model).__name__} is a {type(head).__name__}; DFR needs a linear layer")
     hook = head.register_forward_pre_hook(lambda module, given: seen.append(given[0].float().cpu()))

@@ -22,7 +22,7 @@ from .register import MethodSettings, baseline, split_steps
 from ..core import progress_bar
 from ..data import Faces
 from ..device import stream_seed
-from ..models import copy_model, head_of, logits_of, predicted_labels, sample_losses
+from ..models import copy_model, head_parameters, logits_of, predicted_labels, sample_losses
 from ..sensitivity import Gradients, group_gradients
 from ..training import TrainConfig, fit, predict_logits
 
@@ -202,7 +202,7 @@ def train_lff(model, train, val, run):
     """Train a biased model and, weighted by its failures, a debiased one, which is returned (Nam, Cha, Ahn, Lee and Shin, "Learning from
     Failure: Training Debiased Classifier from Biased Classifier", NeurIPS 2020). Both start from `model`; there, from two random heads."""
     s, pair = run.settings, LearningFromFailure(model, train.target, run.settings.q, run.settings.decay)
-    heads = {f"{part}.{n}" for part in ("biased", "debiased") for n, _ in model.named_parameters() if n.startswith(f"{head_of(model)}.")}
+    heads = {f"{part}.{n}" for part in ("biased", "debiased") for n in head_parameters(model)}
     steps = run.config.steps  # of which each network takes half
     half = run.config if steps is None else run.config.model_copy(update={"steps": steps // 2})
     return run.fit(pair, train, val, loss_fn=pair.loss, config=half, trainable=heads if s.head_only else None).part("debiased")

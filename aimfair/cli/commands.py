@@ -182,8 +182,9 @@ def _k(text):
 # %% ../../nbs/19_cli/03_commands.ipynb #ea905dac
 @app.command()
 def debias(
-    model: Annotated[str | None, option("NAME", "architecture (resnet18, timm/NAME), module:callable, or file  [required]")] = None,
-    weights: Annotated[Path | None, option("FILE", "its weights: .safetensors or .pth", **_INPUT, dir_okay=False)] = None,
+    model: Annotated[str | None, option("NAME", "resnet18, timm/NAME, hf/NAME or hf/FOLDER, module:function, FILE.py:function  "
+                                        "[required]")] = None,
+    weights: Annotated[Path | None, option("FILE", "its weights: .safetensors, .pth, or a folder; hf/... has its own", **_INPUT)] = None,
     real: Annotated[Path | None, option("PATH", "your images with target labels: folder or CSV  [required]", **_INPUT)] = None,
     synthetic: Annotated[Path | None, option("PATH", "synthetic images by group: T_P/*.png  [required]", **_INPUT)] = None,
     val: Annotated[Path | None, option("PATH", "validation images, likewise: folder or CSV  [required]", **_INPUT)] = None,
@@ -205,7 +206,8 @@ def debias(
     size: Annotated[int | None, option("N", "pixels of a side that the model sees; by default what it is known for", min=8)] = None,
     crop: Annotated[float | None, option("X", "smallest area of the random crop; by default 0.08", min=0.01, max=1)] = None,
     majority: Annotated[str | None, option("T_P,...", "frequent groups of your images, as 0_1,1_0; by default guessed")] = None,
-    mean: Annotated[str | None, option("R,G,B", "the model's normalisation of pixels in [0, 1]; by default it takes [-1, 1]",
+    mean: Annotated[str | None, option("R,G,B", "the model's normalisation of pixels in [0, 1]; by default what timm or its "
+                                        "image processor says, else it takes [-1, 1]",
                                         parser=_channels)] = None,
     std: Annotated[str | None, option("R,G,B", "with --mean", parser=_channels)] = None,
     seed: Seed = 0,

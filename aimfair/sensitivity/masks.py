@@ -15,7 +15,7 @@ import pandas as pd
 from torch import nn
 
 from ..core import unknown
-from ..models import head_of
+from ..models import heads_of
 from .gradients import Gradients
 from .ranking import rank_units
 from ..training import Mask, check_mask, movable_tensors
@@ -70,12 +70,12 @@ def blocks(
     model: nn.Module,
 ) -> dict[str, list[str]]:  # {block: its tensors}, both in the model's order
     "The blocks of a model: stem, layer1 to layer4 and head of a ResNet; children that own tensors elsewhere, the last layer's called head."
-    head, of = head_of(model), _halved(movable_tensors(model))
+    heads, of = heads_of(model), _halved(movable_tensors(model))
     found, prefix = {}, next((b[: -len("layer1")] for b in of.values() if re.search(r"(^|\.)layer1$", b)), None)
     before = list(dict.fromkeys(of.values()))
     before = before[: before.index(f"{prefix}layer1")] if prefix is not None else []
     for name, block in of.items():
-        block = "head" if head == block or head.startswith(block + ".") or block.startswith(head + ".") else block
+        block = "head" if any(head == block or head.startswith(block + ".") or block.startswith(head + ".") for head in heads) else block
         found.setdefault("stem" if block in before else block, []).append(name)
     return found
 
