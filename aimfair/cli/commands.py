@@ -233,6 +233,7 @@ def prompts_write(
     backend: Annotated[str, option("NAME", "grammar, transformers or openai")] = "grammar",
     model: Annotated[str | None, option("NAME", "transformers: smollm2, hub id, folder or .gguf file; openai: the server's name")] = None,
     base_url: Annotated[str | None, option("URL", "openai: the server; by default OPENAI_BASE_URL")] = None,
+    max_tokens: Annotated[int | None, option("N", "length of an answer; raise it for models that think aloud", min=1)] = None,
     per_group: Annotated[int, option("N", "prompts of each group", min=1)] = 50,
     seed: Seed = 0,
     matched: Annotated[bool, typer.Option("--matched/--no-matched", help="give every group the same contexts")] = True,
@@ -245,8 +246,8 @@ def prompts_write(
     """
     require(out=out)
     from aimfair import prompts
-    written = prompts.write_file(out, task, style, backend=prompts.get_backend(backend, model, base_url), per_group=per_group, seed=seed,
-                                 matched=matched, budget=budget, progress=backend != "grammar")
+    written = prompts.write_file(out, task, style, backend=prompts.get_backend(backend, model, base_url, max_tokens),
+                                 per_group=per_group, seed=seed, matched=matched, budget=budget, progress=backend != "grammar")
     typer.echo(f"{out}: {written!r}")
 
 # %% ../../nbs/19_cli/03_commands.ipynb #0d6d6c20
