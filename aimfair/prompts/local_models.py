@@ -210,7 +210,8 @@ def room_for(
     config = network.config.get_text_config() if hasattr(network.config, "get_text_config") else network.config
     most = getattr(config, "max_position_embeddings", None) or length + wanted
     if most - length < min(wanted, 16):
-        raise PromptError(f"the language model reads {most} tokens at a time, and the request alone has {length}; take a model with a larger context")
+        raise PromptError(f"the language model reads {most} tokens at a time, and the request alone has {length}; "
+                          "take a model with a larger context")
     return min(wanted, most - length)
 
 

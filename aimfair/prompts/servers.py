@@ -222,11 +222,11 @@ def named_parameter(
     return min(at, key=at.get, default=None)
 
 # %% ../../nbs/06_prompts/07_servers.ipynb #88c2a74b
-_TOO_LONG = re.compile(r"context (?:length|size|window)|context_length|exceed_context|too (?:large|long|many tokens)|exceeds?|at most|max_model_len"
-                       r"|less than or equal|n_ctx|maximum (?:of|value|allowed)", re.I)
-_ROLES = re.compile(r"\broles?\b|system (?:message|prompt|instruction|role)|(?:system|developer) instruction|chat template|jinja|TemplateError", re.I)
-_FINAL = re.compile(r"content[_ ]?(?:policy|filter|management)|moderation|safety|billing|quota|api[_ ]key|unauthori|model_not_found|does not exist"
-                    r"|credit|not a valid model|model .{0,60}not found|no such model", re.I)
+_TOO_LONG = re.compile(r"context (?:length|size|window)|context_length|exceed_context|too (?:large|long|many tokens)|exceeds?|at most"
+                       r"|max_model_len|less than or equal|n_ctx|maximum (?:of|value|allowed)", re.I)
+_ROLES = re.compile(r"\broles?\b|system (?:message|prompt|instruction|role)|developer instruction|chat template|jinja|TemplateError", re.I)
+_FINAL = re.compile(r"content[_ ]?(?:policy|filter|management)|moderation|safety|billing|quota|api[_ ]key|unauthori|model_not_found"
+                    r"|does not exist|credit|not a valid model|model .{0,60}not found|no such model", re.I)
 _LIMITS = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 
 
@@ -245,7 +245,7 @@ def without_parameter(
 def chat_terms(
     settings: dict,  # what a request was sent with; `turns` is how it was said
     error: ServerError,
-) -> tuple[dict, str, bool] | None:  # other settings, what to say, and whether the server asked for that; None where nothing helps
+) -> tuple[dict, str, bool] | None:  # other settings, what to say, whether the server said so; None: nothing helps
     "What to send in place of a request that a language model's server turned down."
     if error.status not in (200, 400, 404, 413, 422, 500, 501) or _FINAL.search(error.told):
         return None
