@@ -300,7 +300,7 @@ def synthesize(
     size: Annotated[int | None, option("N", "pixels of a side to render at; by default the generator's own", min=8)] = None,
     resize: Annotated[int | None, option("N", "pixels of a side to store; by default as rendered", min=8)] = None,
     dtype: Annotated[str | None, option("NAME", "float32, float16 or bfloat16")] = None,
-    batch_size: Annotated[int | None, option("N", "images at a time; by default 16, of a server 4; halved for want of memory", min=1)] = None,
+    batch_size: Annotated[int | None, option("N", "images at a time; by default 16, of a server 4; fewer if memory ends", min=1)] = None,
     seed: Annotated[int, option("N", "of the set")] = 0,
     filters: Annotated[list[str] | None, option("KIND=X", "distinct=0.02, or agreement=0.25@CLIP; may be repeated", "--filter")] = None,
     max_attempts: Annotated[int, option("N", "images made for each one wanted, per group, at most", min=1)] = 10,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['quiet_transformers', 'load_language_model', 'Guide', 'guide_for', 'whole_lines', 'chat_text', 'room_for', 'ends_of',
-           'TransformersBackend']
+           'answer_of', 'TransformersBackend']
 
 # %% ../../nbs/06_prompts/06_local_models.ipynb #9e742a83
 import os
@@ -221,6 +221,15 @@ def ends_of(tokenizer: Any, network: Any) -> set[int]:
     return {t for t in (tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])) if t is not None}
 
 # %% ../../nbs/06_prompts/06_local_models.ipynb #a20cd5b3
+def answer_of(
+    tokenizer: Any,
+    text: str,  # with its special tokens, as some of them mark thoughts
+) -> str:
+    "What a chat model answers: no thoughts, no special tokens."
+    special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or "$^")
+    return special.sub("", without_thoughts(text)).strip()
+
+# %% ../../nbs/06_prompts/06_local_models.ipynb #f97213f2
 class TransformersBackend:
     "A causal language model of transformers that continues a numbered list."
     name = "transformers"
@@ -278,7 +287,4 @@ class TransformersBackend:
         thinks = re.search(r"<think>\s*$", text) if self.chat else None
         head = ("<think>" if thinks else "") if self.chat else f"{request.n_examples + 1}."
         said = [whole_lines(head + tokenizer.decode(row, skip_special_tokens=not self.chat), not ends.isdisjoint(row)) for row in rows]
-        if self.chat:  # marks of a thought may be special tokens, so they are read first
-            special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or "$^")
-            said = [special.sub("", without_thoughts(text)).strip() for text in said]
-        return said
+        return [answer_of(tokenizer, text) for text in said] if self.chat else said

@@ -96,7 +96,7 @@ def _record(job: dict, image, unsafe: bool) -> dict:
     record = {**job, "height": image.height, "width": image.width, "status": status, "rejected_by": ""}
     return record if status == "kept" else record | {"file": ""}
 
-
+# %% ../../nbs/08_synthesis/06_rendering.ipynb #b527375e
 def _settle(jobs: list[dict], images: list[tuple[Any, bool]], resize, filters) -> list[tuple[dict, Any]]:
     "Records and finished images: kept, rejected, unsafe or blank; and refused, where there is no image."
     pairs = list(zip(jobs, images, strict=True))
