@@ -29,8 +29,10 @@ pytest.importorskip("openai")
 ROOT = Path(aimfair.__file__).parents[1]
 KEY = "img-recognisable-7d6c5b4a-key"
 PROMPTS = {"0_0": ["a photo of a non-smiling female", "a young female"], "0_1": ["a photo of a non-smiling male"],
-           "1_0": ["a photo of a smiling female", "a smiling female with a hat"], "1_1": ["a photo of a smiling male", "a smiling male with a beard"]}
-WORDS = {"seed": "Unknown parameter: 'seed'.", "response_format": "Unknown parameter: 'response_format'.", "n": "Extra inputs are not permitted: n"}
+           "1_0": ["a photo of a smiling female", "a smiling female with a hat"], "1_1": ["a photo of a smiling male",
+                                                                                          "a smiling male with a beard"]}
+WORDS = {"seed": "Unknown parameter: 'seed'.", "response_format": "Unknown parameter: 'response_format'.",
+         "n": "Extra inputs are not permitted: n"}
 
 
 class Studio(ThreadingHTTPServer):
@@ -120,7 +122,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(400, {"error": {"message": WORDS[name], "type": "invalid_request_error", "param": name}})
         if s.sizes and body.get("size") not in (None, *s.sizes):
             have = " and ".join(f"'{size}'" for size in s.sizes)
-            return self.send(400, {"error": {"message": f"Invalid value: '{body['size']}'. Supported values are: {have}.", "param": "size"}})
+            return self.send(400, {"error": {"message": f"Invalid value: '{body['size']}'. Supported values are: {have}.",
+                                             "param": "size"}})
         if any(word in body["prompt"] for word in s.refuses):
             return self.send(400, {"error": {"message": "Your request was rejected as a result of our safety system.",
                                              "code": "content_policy_violation"}})
@@ -338,7 +341,8 @@ def test_the_command_asks_a_server_and_tells_the_bill(tmp_path, capsys):
     from aimfair.prompts import GrammarBackend, write_prompts
 
     write_prompts("toy-smiling-male", "plain", backend=GrammarBackend(), per_group=1).save(file)
-    words = ["synthesize", "--prompts", str(file), "--generator", "openai:bundled", "--base-url", studio.url.removesuffix("/v1"), "--per-group", "2",
+    words = ["synthesize", "--prompts", str(file), "--generator", "openai:bundled", "--base-url", studio.url.removesuffix("/v1"),
+             "--per-group", "2",
              "--out", str(tmp_path / "set"), "--price", "0.02"]
     assert cli.main([*words, "--budget", "3"]) == 2
     assert "aimfair: the budget of 3 images is used up" in capsys.readouterr().err

@@ -249,19 +249,19 @@ def hopeless(error: ServerError) -> bool:
 def without_parameter(
     settings: dict,
     name: str,
-) -> tuple[dict, str]:  # the settings that are left, and what to say
+) -> tuple[dict, dict[str, str]]:  # the settings that are left, and what to say of which parameter
     "Settings without a parameter; a limit of the answer's length gets its other name first."
     left = {k: v for k, v in settings.items() if k != name}
     other, tried = _LIMITS.get(name), settings.get("_tried", ())
     if other and other not in tried:
-        return {**left, other: settings[name], "_tried": (*tried, name)}, f"takes {other} in place of {name}"
-    return left, f"takes no {name}: it is asked without"
+        return {**left, other: settings[name], "_tried": (*tried, name)}, {"limit": f"takes {other} in place of {name}"}
+    return left, {"limit" if other else name: f"takes no {name}: it is asked without"}
 
 # %% ../../nbs/06_prompts/07_servers.ipynb #3208d63a
 def chat_terms(
     settings: dict,  # what a request was sent with; `turns` is how it was said
     error: ServerError,
-) -> tuple[dict, str, bool] | None:  # other settings, what to say, whether the server said so; None: nothing helps
+) -> tuple[dict, dict[str, str], bool] | None:  # other settings, what to say of them, whether the server said so; None: nothing helps
     "What to send in place of a request that a language model's server turned down."
     if hopeless(error):
         return None
@@ -270,17 +270,18 @@ def chat_terms(
     if _TOO_LONG.search(error.told) and name in (None, limit):
         if not limit or settings[limit] < 128:
             return None
-        return settings | {limit: settings[limit] // 2}, f"takes answers of at most {settings[limit] // 2} tokens here", True
+        return settings | {limit: settings[limit] // 2}, {"limit": f"takes answers of {settings[limit] // 2} tokens, not more"}, True
     if name:
         return *without_parameter(settings, name), True
     place = TURNS.index(settings.get("turns", TURNS[-1]))
     if _ROLES.search(error.told) and place + 1 < len(TURNS):
-        return settings | {"turns": TURNS[place + 1]}, "takes no system message, or no earlier turns: the user says all", True
+        return settings | {"turns": TURNS[place + 1]}, {"turns": "takes no system message, or no earlier turns: the user says all"}, True
     if error.status not in (400, 422):
         return None
     if names:
         return *without_parameter(settings, names[0]), False
-    return (settings | {"turns": TURNS[place + 1]}, "takes plain requests only", False) if place + 1 < len(TURNS) else None
+    plain = {"turns": "takes plain requests only"}
+    return (settings | {"turns": TURNS[place + 1]}, plain, False) if place + 1 < len(TURNS) else None
 
 # %% ../../nbs/06_prompts/07_servers.ipynb #f0e77329
 class Agreed:
@@ -289,12 +290,12 @@ class Agreed:
     def __init__(self, server: Server, settings: dict):  # what is sent with every request; None stands for a value of the request's own
         self.server, self.settings, self.said, self._lock = server, settings, [], threading.Lock()
 
-    def agree(self, settings: dict, notes: list[str]):
+    def agree(self, settings: dict, notes: dict[str, str]):
         "Remember the settings of a request that was answered."
         if notes:
             with self._lock:
                 self.settings = settings
-                fresh = [note for note in dict.fromkeys(notes) if note not in self.said]
+                fresh = [note for note in notes.values() if note not in self.said]
                 self.said += fresh
             for note in fresh:
                 warnings.warn(f"{self.server.base_url} {note}", UserWarning, stacklevel=5)
@@ -309,7 +310,7 @@ class Dialogue(Agreed):
         path: str,
         wanted: str,  # what a good reply has: choices, data
         settings: dict,
-        terms: Callable[[dict, ServerError], tuple[dict, str, bool] | None],  # as `chat_terms`
+        terms: Callable[[dict, ServerError], tuple[dict, dict[str, str], bool] | None],  # as `chat_terms`
     ):
         super().__init__(server, settings)
         self.path, self.wanted, self.terms = path, wanted, terms
@@ -319,7 +320,7 @@ class Dialogue(Agreed):
         body: Callable[[dict], dict],  # what to send with some settings
     ) -> dict:
         "A reply. Raises `ServerError` where no change of the settings helps, and `ValueError` for a malformed reply."
-        settings, notes, unclear = self.settings, [], None
+        settings, notes, unclear = self.settings, {}, None
         while True:
             try:
                 reply = self.server.post(self.path, body(settings), self.wanted)
@@ -329,7 +330,7 @@ class Dialogue(Agreed):
                     raise (unclear if unclear and error.status in (400, 422) else error) from None
                 settings, note, asked = change
                 unclear = None if asked else unclear or error  # of refusals that say little, the first tells most
-                notes.append(note)
+                notes |= note
             else:
                 self.agree(settings, notes)
                 return reply
@@ -428,7 +429,7 @@ class OpenAIBackend:
         try:
             reply = self.dialogue.ask(lambda settings: chat_body(self.model, request, seed, settings))
             text, self.fault = answer_in(reply["choices"])
-        except ServerError:
+        except PromptError:
             raise
         except (ValueError, TypeError, AttributeError):  # no JSON, or not a completion
             text, self.fault = "", "malformed answer"

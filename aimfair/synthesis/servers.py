@@ -51,7 +51,7 @@ def nearest_size(
 def image_terms(
     settings: dict,  # what a request was sent with
     error: ServerError,
-) -> tuple[dict, str, bool] | None:  # other settings, what to say, whether the server said so; None: nothing helps
+) -> tuple[dict, dict[str, str], bool] | None:  # other settings, what to say of them, whether the server said so; None: nothing helps
     "What to send in place of a request that an images server turned down."
     if hopeless(error):
         return None
@@ -61,15 +61,15 @@ def image_terms(
         tried = (*settings.get("_tried", ()), settings["size"])
         size = nearest_size(settings["_wanted"], error.told, tried) if len(tried) < 6 else None
         left = {k: v for k, v in settings.items() if k != "size"} | ({"size": size, "_tried": tried} if size else {})
-        return left, f"draws no {tried[0]}: it is asked for {size or 'its own size'}, and images get their size here", True
+        return left, {"size": f"draws no {tried[0]}: it is asked for {size or 'its own size'}, and images get their size here"}, True
     if name == "seed" and settings["seed"] is None and re.search(r"less than|range|at most|exceed|too large|32|max", error.told, re.I):
-        return settings | {"seed": 31}, "takes seeds of 31 bits", True
+        return settings | {"seed": 31}, {"seed": "takes seeds of 31 bits"}, True
     own = [n for n in ("seed", "response_format", "n") if n in settings]
     if name not in own and (name or error.status not in (400, 422) or not own):
         return None
     gone = name or own[0]
     more = ", so that the same command would draw other images" if gone == "seed" else ""
-    return {k: v for k, v in settings.items() if k != gone}, f"takes no {gone}: it is asked without{more}", name is not None
+    return {k: v for k, v in settings.items() if k != gone}, {gone: f"takes no {gone}: it is asked without{more}"}, name is not None
 
 # %% ../../nbs/08_synthesis/09_servers.ipynb #5dc4350d
 def fetch(
@@ -222,6 +222,9 @@ class ImageDialogue:
             if withheld(error):
                 return warn_refused(job, error)
             raise SynthesisError(f"{error}; what was made is kept, and the same command goes on") from None
+        except PromptError as error:  # no request was sent
+            self.paid.forget(job)
+            raise SynthesisError(str(error)) from None
         except (ValueError, KeyError, TypeError) as error:
             raise SynthesisError(f"{self.server.base_url} sent no image ({error}); is it an images server?") from None
         self.paid.take(job, *got)
