@@ -515,20 +515,20 @@ GOOD = "1. simple portrait photo\n2. clear headshot picture"
 BAD = 'I list ideas first, e.g. ["a knife", "a gun"]:\n1. photo of a man with a knife\n- not this one\n'
 ALOUD = {
     "think": f"<think>\n{BAD}</think>\n\n{GOOD}", "no opening tag": f"{BAD}</think>\n{GOOD}",
-         "thinking": f"<thinking>{BAD}</thinking>{GOOD}",
+    "thinking": f"<thinking>{BAD}</thinking>{GOOD}",
     "capitals and attributes": f'<Think type="x">{BAD}</Think>\n{GOOD}', "kimi": f"◁think▷{BAD}◁/think▷{GOOD}",
-         "magistral": f"[THINK]{BAD}[/THINK]{GOOD}",
+    "magistral": f"[THINK]{BAD}[/THINK]{GOOD}",
     "twice": f"<think>{BAD}</think><think>{BAD}</think>{GOOD}", "one in the other": f"<think>{BAD}<think>{BAD}</think>{BAD}</think>{GOOD}",
     "the tag in the thought": f"<think>I must write </think> first. {BAD}</think>{GOOD}", "seed": f"<seed:think>{BAD}</seed:think>{GOOD}",
     "harmony": f"<|channel|>analysis<|message|>{BAD}<|end|><|start|>assistant<|channel|>final<|message|>{GOOD}<|return|>",
     "harmony without marks": f"analysis{BAD}assistantfinal{GOOD}",
-         "sky": f"<|begin_of_thought|>{BAD}<|end_of_thought|>\n<|begin_of_solution|>{GOOD}<|end_of_solution|>",
+    "sky": f"<|begin_of_thought|>{BAD}<|end_of_thought|>\n<|begin_of_solution|>{GOOD}<|end_of_solution|>",
     "cohere": f"<|START_THINKING|>{BAD}<|END_THINKING|><|START_RESPONSE|>{GOOD}<|END_RESPONSE|>",
-         "answer tags": f"<think>{BAD}</think><answer>{GOOD}</answer>",
+    "answer tags": f"<think>{BAD}</think><answer>{GOOD}</answer>",
     "granite": f"Here is my thought process:\n{BAD}\nHere is my response:\n{GOOD}", "marks at the end": f"{GOOD}<|im_end|>",
-         "deepseek": f"{GOOD}<｜end▁of▁sentence｜>",
+    "deepseek": f"{GOOD}<｜end▁of▁sentence｜>",
     "reasoning": f"<reasoning>{BAD}</reasoning>\n{GOOD}",
-         "JSON": f'<think>{BAD}</think>```json\n["simple portrait photo", "clear headshot picture"]\n```',
+    "JSON": f'<think>{BAD}</think>```json\n["simple portrait photo", "clear headshot picture"]\n```',
 }
 
 
@@ -596,6 +596,13 @@ def test_an_answer_that_was_cut_off_keeps_its_whole_lines(particular):
 
 
 @openai
+def test_a_base_model_goes_on_with_the_list(particular):
+    server = particular(lambda path, body: (200, {"choices": [{"text": " a hat\n8. long hair\n9. a gre", "finish_reason": "length"}]}))
+    answers, _, _ = ask(server, chat=False)
+    assert answers == ["7. a hat\n8. long hair"] and server.paths == ["/v1/completions"] and server.bodies[0]["prompt"].endswith("\n7.")
+
+
+@openai
 @pytest.mark.parametrize("given", ["", "/", "/v1", "/v1/", "/v1/chat/completions", "/v1/chat/completions/", "/v1/models", "/api/chat"])
 def test_base_urls_as_people_give_them(particular, given):
     server = particular(lambda path, body: says(GOOD) if path == "/v1/chat/completions" else (404, {"detail": "Not Found"}))
@@ -621,7 +628,8 @@ def test_servers_with_other_addresses(particular, given, path, other):
 @pytest.mark.parametrize("reply, words", [
     ((200, "<!doctype html><html><title>Open WebUI</title></html>"), "web page"),
     ((502, "<html><head><title>502 Bad Gateway</title></head></html>"), "502 Bad Gateway"),
-    ((200, {"error": {"message": "model is on holiday"}}), "model is on holiday"), ((200, {"error": "try the other door"}), "try the other door")])
+    ((200, {"error": {"message": "model is on holiday"}}), "model is on holiday"),
+    ((200, {"error": "try the other door"}), "try the other door")])
 def test_pages_and_errors_in_place_of_answers_are_one_line(particular, reply, words):
     with pytest.raises(PromptError, match=words) as e:
         ask(particular(lambda path, body: reply), max_retries=1)
