@@ -137,16 +137,6 @@ def _take(queue: list, budget: dict[str, int], size: int, short: set[str]) -> li
             part.append(job)
     return part
 
-# %% ../../nbs/08_synthesis/06_rendering.ipynb #50c3adb5
-def _next(queue: list, budget: dict[str, int], size: int, short: set[str], slots: Slots) -> list:
-    "As `_take`, past prompts that were refused."
-    part = []
-    while len(part) < size and (taken := _take(queue, budget, size - len(part), short)):
-        possible = [slots.possible(*job) for job in taken]
-        short |= {job[2] for job, way in zip(taken, possible, strict=True) if way is None}
-        part += [way for way in possible if way]
-    return part
-
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #4773079a
 def _put_back(queue: list, budget: dict[str, int], unmade: list, done: list):
     "Jobs that a halved batch had no room for, and further attempts in place of images that were turned down."
@@ -156,6 +146,16 @@ def _put_back(queue: list, budget: dict[str, int], unmade: list, done: list):
     for r, _ in done:
         if r["status"] != "kept":
             heapq.heappush(queue, (r["attempt"] + 1, r["index"], r["group"]))
+
+# %% ../../nbs/08_synthesis/06_rendering.ipynb #50c3adb5
+def _next(queue: list, budget: dict[str, int], size: int, short: set[str], slots: Slots) -> list:
+    "As `_take`, past prompts that were refused."
+    part = []
+    while len(part) < size and (taken := _take(queue, budget, size - len(part), short)):
+        possible = [slots.possible(*job) for job in taken]
+        short |= {job[2] for job, way in zip(taken, possible, strict=True) if way is None}
+        part += [way for way in possible if way]
+    return part
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #69a4a731
 def _remember_kept(folder: Journal, slots: Slots, records: list[dict], filters):
