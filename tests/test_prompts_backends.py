@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,9 +11,11 @@ import textwrap
 import threading
 import time
 import warnings
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from random import Random
 
@@ -310,6 +313,432 @@ def test_no_server_at_all(fast_retries):
         url = f"http://127.0.0.1:{s.getsockname()[1]}/v1"
     with pytest.raises(PromptError, match="no answer from http://127.0.0.1:.*APIConnectionError"):
         OpenAIBackend("canned", base_url=url, max_retries=1).complete(Request(TOY, "contextual"), seed=0)
+
+
+# ---------------------------------------------------------------- what servers do not take, and what they answer
+
+LISTS = [f"{a} {b} {c}" for a in ("simple", "plain", "clear", "sharp", "natural", "casual", "frontal", "indoor")
+         for b in ("portrait", "headshot", "studio portrait", "passport") for c in ("photo", "picture", "image")]
+
+
+class Particular(BaseHTTPRequestHandler):
+    "A chat server with rules of its own: `server.rule(path, body)` gives a status and a reply; text is sent as a web page."
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.bodies.append(body)
+        self.server.paths.append(self.path)
+        self.server.sent.append(self.headers)
+        status, reply, *headers = self.server.rule(self.path, body)
+        data = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "text/html" if isinstance(reply, str) else "application/json", "Content-Length": len(data),
+                            **(headers[0] if headers else {})}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def says(text, finish="stop", **message):
+    "A chat completion."
+    return 200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [
+        {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}]}
+
+
+def lines_of(body, n=12):
+    "Lines that no other seed gets."
+    i = len(LISTS) // n
+    start = n * (body.get("seed", next(COUNTER)) % i)
+    return "\n".join(f"{j}. {line}" for j, line in enumerate(LISTS[start:start + n], 1))
+
+
+COUNTER = count()
+
+
+@pytest.fixture
+def particular(fast_retries):
+    "Starts servers with rules."
+    servers = []
+
+    def listen(rule):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Particular)
+        server.rule, server.bodies, server.paths, server.sent = rule, [], [], []
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield listen
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def ask(server, times=1, **options):
+    "Answers of a server, and what was said on the way."
+    backend = OpenAIBackend("some-model", base_url=f"{server.url}/v1", **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        answers = [backend.complete(Request(TOY, "contextual"), seed=seed)[0] for seed in range(times)]
+    return answers, [str(w.message) for w in caught if w.category is UserWarning], backend
+
+
+REFUSALS = {  # what servers say of a parameter NAME that they do not take
+    "openai": (400, {"error": {"message": "Unsupported parameter: 'NAME' is not supported with this model.",
+                               "type": "invalid_request_error",
+                               "param": "NAME", "code": "unsupported_parameter"}}),
+    "openai, a value": (400, {"error": {"message": "Unsupported value: 'NAME' does not support 0.9 with this model. Only the default (1) "
+                                                   "value is supported.", "param": "NAME", "code": "unsupported_value"}}),
+    "azure": (400, {"error": {"message": "Unrecognized request argument supplied: NAME", "type": "invalid_request_error", "param": None}}),
+    "vllm": (400, {"object": "error",
+                   "message": "[{'type': 'extra_forbidden', 'loc': ('body', 'NAME'), 'msg': 'Extra inputs are not permitted'}]",
+                   "type": "BadRequestError", "param": None, "code": 400}),
+    "mistral": (422, {"object": "error", "message": {"detail": [{"type": "extra_forbidden", "loc": ["body", "NAME"], "input": 3,
+                                                                "msg": "Extra inputs are not permitted"}]},
+                      "type": "invalid_request_error"}),
+    "fastapi": (422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "NAME"], "msg": "Extra inputs are not permitted",
+                                  "input": {"seed": 1, "temperature": 1, "max_tokens": 3}}]}),
+    "groq": (400, {"error": {"message": "property 'NAME' is unsupported", "type": "invalid_request_error"}}),
+    "anthropic": (400, {"type": "error", "error": {"type": "invalid_request_error", "message": "NAME: Extra inputs are not permitted"}}),
+    "google": (400, [{"error": {"code": 400, "message": 'Invalid JSON payload received. Unknown name "NAME": Cannot find field.',
+                                "status": "INVALID_ARGUMENT"}}]),
+    "ollama": (400, {"error": "option \"NAME\" is not supported"}),
+    "llama.cpp": (501, {"error": {"code": 501, "message": "This server does not support NAME", "type": "not_supported_error"}}),
+    "lm studio": (400, {"error": "Unrecognized key(s) in object: 'NAME'"}),
+    "with status 200": (200, {"error": {"message": "unknown field: NAME", "code": "invalid_request"}}),
+    "without a name": (400, {"error": {"message": "Bad Request"}}),
+}
+
+
+@openai
+@pytest.mark.parametrize("name", ["seed", "temperature", "max_tokens", "top_p", "presence_penalty", "response_format"])
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_parameter_that_is_turned_down_is_left_out_and_said_once(particular, kind, name):
+    status, words = REFUSALS[kind]
+
+    def rule(path, body):
+        return (status, json.loads(json.dumps(words).replace("NAME", name))) if name in body else says(lines_of(body))
+
+    server, options = particular(rule), {"top_p": 0.9, "presence_penalty": 0.1, "response_format": {"type": "text"}}
+    answers, said, _ = ask(server, times=3, max_retries=0, **options)
+    assert all(parse_answer(text) for text in answers)
+    expected = {"seed", "temperature", "max_tokens", *options} - {name} | ({"max_completion_tokens"} if name == "max_tokens" else set())
+    if kind != "without a name":
+        assert set(server.bodies[-1]) == {"model", "messages"} | expected and len(server.bodies) == 4
+        assert len(said) == 1 and name in said[0]
+    assert server.bodies[-2].keys() == server.bodies[-1].keys() and name not in server.bodies[-1]  # remembered
+
+
+@openai
+def test_several_parameters_one_after_another(particular):
+    def rule(path, body):
+        for name in ("max_tokens", "max_completion_tokens", "seed", "temperature"):
+            if name in body:
+                return 400, {"error": {"message": f"Unknown parameter: '{name}'.", "param": name}}
+        return says(lines_of(body))
+
+    server = particular(rule)
+    with pytest.warns(UserWarning, match="takes no") as said:
+        written = write_prompts(TOY, "plain", backend=OpenAIBackend("m", base_url=server.url), per_group=5)
+    assert len(said) == 3  # a word for each: the limit, whatever its name, the seed and the temperature
+    assert set(server.bodies[-1]) == {"model", "messages"} and all(len(p) == 5 for p in written.groups.values())
+    assert written.provenance["options"] == {"turns": "system"}
+
+
+@openai
+@pytest.mark.parametrize("told", [
+    "This model's maximum context length is 700 tokens. However, you requested 2400 tokens (400 in the messages, 2048 in the completion).",
+    "'max_tokens' or 'max_completion_tokens' is too large: 2048. This model's maximum context length is 700 tokens",
+    "max_tokens must be less than or equal to `300`", "the request exceeds the available context size, try increasing it"])
+def test_answers_are_shorter_where_the_context_is_small(particular, told):
+    server = particular(lambda path, body: says(lines_of(body)) if body["max_tokens"] <= 300 else (400, {"error": {"message": told}}))
+    _, said, backend = ask(server, times=2)
+    assert backend.described()["max_tokens"] == 256 and [b["max_tokens"] for b in server.bodies] == [2048, 1024, 512, 256, 256]
+    assert len(said) == 1 and "256 tokens" in said[0]
+    server = particular(lambda path, body: (400, {"error": {"message": told}}))
+    with pytest.raises(PromptError, match=re.escape(told[:40])):
+        ask(server)
+
+
+@openai
+@pytest.mark.parametrize("status, told", [
+    (400, "System role not supported"), (400, "Unsupported value: 'messages[0].role' does not support 'system' with this model."),
+    (500, "Error rendering prompt with jinja template: System role not supported"),
+    (400, "Developer instruction is not enabled for models/gemma-3-27b-it"),
+    (422, "Unexpected role \"system\". The Messages API accepts a top-level `system` parameter"),
+    (400, "Conversation roles must alternate user/assistant/user/assistant/...")])
+def test_without_a_system_role_the_user_says_it(particular, status, told):
+    def rule(path, body):
+        return (status, {"error": {"message": told}}) if body["messages"][0]["role"] == "system" else says(lines_of(body))
+
+    server = particular(rule)
+    answers, said, _ = ask(server, times=2, max_retries=0)
+    request = Request(TOY, "contextual")
+    assert [m["role"] for m in server.bodies[-1]["messages"]] == ["user", "assistant", "user"] and len(server.bodies) == 3
+    assert request.instruction in server.bodies[-1]["messages"][0]["content"] and len(said) == 1 and all(map(parse_answer, answers))
+
+
+@openai
+def test_with_one_turn_alone_all_is_in_it(particular):
+    def rule(path, body):
+        return says(lines_of(body)) if len(body["messages"]) == 1 else (400, {"error": {"message": "only a single user role is allowed"}})
+
+    server, request = particular(rule), Request(TOY, "contextual")
+    ask(server)
+    text = server.bodies[-1]["messages"][0]["content"]
+    assert request.instruction in text and all(line in text for line in request.examples)
+
+
+@openai
+@pytest.mark.parametrize("status, words", [
+    (401, "Incorrect API key provided"), (404, "The model `some-model` does not exist"), (400, "Invalid model_not_found"),
+    (400, "Your request was flagged by our moderation system"), (400, "billing_hard_limit_reached"), (403, "country not supported")])
+def test_what_no_parameter_mends_is_told_at_once(particular, status, words):
+    server = particular(lambda path, body: (status, {"error": {"message": words}}))
+    with pytest.raises(PromptError, match=words) as e:
+        ask(server)
+    assert len(server.bodies) == 1 and "\n" not in str(e.value)
+
+
+@openai
+def test_a_refusal_that_nothing_mends_tells_the_first_reason(particular):
+    server = particular(lambda path, body: (400, {"error": {"message": f"it is no good ({len(body)})"}}))
+    with pytest.raises(PromptError, match=r"it is no good \(5\)"):
+        ask(server)
+    assert 4 <= len(server.bodies) <= 9
+
+
+GOOD = "1. simple portrait photo\n2. clear headshot picture"
+BAD = 'I list ideas first, e.g. ["a knife", "a gun"]:\n1. photo of a man with a knife\n- not this one\n'
+ALOUD = {
+    "think": f"<think>\n{BAD}</think>\n\n{GOOD}", "no opening tag": f"{BAD}</think>\n{GOOD}",
+    "thinking": f"<thinking>{BAD}</thinking>{GOOD}",
+    "capitals and attributes": f'<Think type="x">{BAD}</Think>\n{GOOD}', "kimi": f"◁think▷{BAD}◁/think▷{GOOD}",
+    "magistral": f"[THINK]{BAD}[/THINK]{GOOD}",
+    "twice": f"<think>{BAD}</think><think>{BAD}</think>{GOOD}", "one in the other": f"<think>{BAD}<think>{BAD}</think>{BAD}</think>{GOOD}",
+    "the tag in the thought": f"<think>I must write </think> first. {BAD}</think>{GOOD}", "seed": f"<seed:think>{BAD}</seed:think>{GOOD}",
+    "harmony": f"<|channel|>analysis<|message|>{BAD}<|end|><|start|>assistant<|channel|>final<|message|>{GOOD}<|return|>",
+    "harmony without marks": f"analysis{BAD}assistantfinal{GOOD}",
+    "sky": f"<|begin_of_thought|>{BAD}<|end_of_thought|>\n<|begin_of_solution|>{GOOD}<|end_of_solution|>",
+    "cohere": f"<|START_THINKING|>{BAD}<|END_THINKING|><|START_RESPONSE|>{GOOD}<|END_RESPONSE|>",
+    "answer tags": f"<think>{BAD}</think><answer>{GOOD}</answer>",
+    "granite": f"Here is my thought process:\n{BAD}\nHere is my response:\n{GOOD}", "marks at the end": f"{GOOD}<|im_end|>",
+    "deepseek": f"{GOOD}<｜end▁of▁sentence｜>",
+    "reasoning": f"<reasoning>{BAD}</reasoning>\n{GOOD}",
+    "JSON": f'<think>{BAD}</think>```json\n["simple portrait photo", "clear headshot picture"]\n```',
+}
+
+
+@pytest.mark.parametrize("kind", ALOUD)
+def test_a_thought_is_not_the_answer(kind):
+    assert parse_answer(ALOUD[kind]) == ["simple portrait photo", "clear headshot picture"]
+
+
+@pytest.mark.parametrize("text", [f"<think>{BAD}", f"<thinking>\n{BAD}", f"◁think▷{BAD}", f"<|channel|>analysis<|message|>{BAD}",
+                                  f"analysis{BAD}",
+                                  f"<think>{BAD}</think>"])
+def test_a_thought_alone_has_no_lines(text):
+    assert parse_answer(text) == []
+
+
+@pytest.mark.parametrize("text, lines", [
+    ("Here are [2] lines:\n```\n1. a hat\n2. long hair\n```\nEnjoy [them]!", ["a hat", "long hair"]),
+    ('{"1": "a hat", "2": "long hair"}', ["a hat", "long hair"]), ('```json\n{"lines": ["a hat",\n "long hair",\n "a gr', ["a hat",
+                                                                                                                           "long hair"]),
+    ('["1. a hat", "2. long hair"]', ["a hat", "long hair"]), ("> 1. a hat\n> 2. long hair", ["a hat", "long hair"]),
+    ("**1.** a hat\n**2.** long hair", ["a hat", "long hair"]), ('Note {x}: ["a hat", "long hair"] (all [checked])', ["a hat",
+                                                                                                                      "long hair"]),
+    ("1. a hat, e.g. [\"x\"]\n2. long hair", ['a hat, e.g. ["x"]', "long hair"])])
+def test_lists_among_other_words(text, lines):
+    assert parse_answer(text) == lines
+
+
+@openai
+@pytest.mark.parametrize("reply", [
+    says([{"type": "text", "text": GOOD}]), says([{"type": "thinking", "thinking": [{"type": "text", "text": BAD}]}, {"type": "text",
+                                                                                                                      "text": GOOD}]),
+    says(GOOD, reasoning_content=BAD), says(GOOD, reasoning=BAD), says([GOOD]), (200, {"choices": [{"text": GOOD,
+                                                                                                    "finish_reason": "stop"}]})])
+def test_answers_in_parts_and_beside_thoughts(particular, reply):
+    answers, _, _ = ask(particular(lambda path, body: reply))
+    assert parse_answer(answers[0]) == ["simple portrait photo", "clear headshot picture"]
+
+
+@openai
+@pytest.mark.parametrize("content", [None, "", f"<think>{BAD}", []])
+def test_cut_off_before_it_began_is_told_with_what_to_do(particular, content, tmp_path):
+    server = particular(lambda path, body: says(content, "length", reasoning_content=BAD))
+    with pytest.raises(PromptError, match=r"cut off by the length limit of 2048 tokens.*raise max_tokens \(--max-tokens\)") as e:
+        write_file(tmp_path / "set.json", TOY, "plain", backend=OpenAIBackend("thinker", base_url=server.url), per_group=3)
+    assert len(server.bodies) == 3 and "\n" not in str(e.value) and "too few" not in str(e.value)
+    server.rule = lambda path, body: says(lines_of(body)) if body["max_tokens"] > 4000 else says(None, "length")
+    written = write_file(tmp_path / "set.json", TOY, "plain", backend=OpenAIBackend("thinker", base_url=server.url, max_tokens=8192),
+                         per_group=3)
+    assert all(len(p) == 3 for p in written.groups.values())  # failed answers are asked for again
+
+
+@openai
+def test_nothing_again_and_again_is_told(particular):
+    for reply, words in ((says(""), "empty answer"), (says(None, "content_filter"), "answer withheld"), ((200, {"choices": []}),
+                                                                                                         "empty answer")):
+        with pytest.raises(PromptError, match=words):
+            write_prompts(TOY, "plain", backend=OpenAIBackend("m", base_url=particular(lambda path, body, reply=reply: reply).url),
+                          per_group=3)
+
+
+@openai
+def test_an_answer_that_was_cut_off_keeps_its_whole_lines(particular):
+    answers, _, _ = ask(particular(lambda path, body: says("1. a hat\n2. long hair\n3. a gre", "length")))
+    assert parse_answer(answers[0]) == ["a hat", "long hair"]
+
+
+@openai
+def test_a_base_model_goes_on_with_the_list(particular):
+    server = particular(lambda path, body: (200, {"choices": [{"text": " a hat\n8. long hair\n9. a gre", "finish_reason": "length"}]}))
+    answers, _, _ = ask(server, chat=False)
+    assert answers == ["7. a hat\n8. long hair"] and server.paths == ["/v1/completions"] and server.bodies[0]["prompt"].endswith("\n7.")
+
+
+@openai
+@pytest.mark.parametrize("given", ["", "/", "/v1", "/v1/", "/v1/chat/completions", "/v1/chat/completions/", "/v1/models", "/api/chat"])
+def test_base_urls_as_people_give_them(particular, given):
+    server = particular(lambda path, body: says(GOOD) if path == "/v1/chat/completions" else (404, {"detail": "Not Found"}))
+    backend = OpenAIBackend("m", base_url=server.url + given)
+    for seed in range(2):
+        assert backend.complete(Request(TOY, "plain"), seed=seed) == [GOOD]
+    assert backend.base_url == f"{server.url}/v1" and server.paths[-1] == "/v1/chat/completions" and len(server.paths) <= 3
+
+
+@openai
+@pytest.mark.parametrize("given, path", [
+    ("", "/chat/completions"), ("/chat/completions", "/chat/completions"), ("/llm", "/llm/v1/chat/completions"),
+    ("/api/v1", "/api/v1/chat/completions"), ("/v1beta/openai/", "/v1beta/openai/chat/completions")])
+@pytest.mark.parametrize("other", [
+    (404, {"detail": "Not Found"}), (404, "<html><body>nothing here</body></html>"), (200, "<!doctype html><title>Web UI</title>"),
+    (200, {"error": "Unexpected endpoint or method. (POST /v1/chat/completions). Returning 200 anyway"})])
+def test_servers_with_other_addresses(particular, given, path, other):
+    server = particular(lambda p, body: says(GOOD) if p == path else other)
+    assert OpenAIBackend("m", base_url=server.url + given).complete(Request(TOY, "plain"), seed=0) == [GOOD]
+
+
+@openai
+@pytest.mark.parametrize("reply, words", [
+    ((200, "<!doctype html><html><title>Open WebUI</title></html>"), "web page"),
+    ((502, "<html><head><title>502 Bad Gateway</title></head></html>"), "502 Bad Gateway"),
+    ((200, {"error": {"message": "model is on holiday"}}), "model is on holiday"),
+    ((200, {"error": "try the other door"}), "try the other door")])
+def test_pages_and_errors_in_place_of_answers_are_one_line(particular, reply, words):
+    with pytest.raises(PromptError, match=words) as e:
+        ask(particular(lambda path, body: reply), max_retries=1)
+    assert "\n" not in str(e.value) and "<" not in str(e.value) and len(str(e.value)) < 500
+
+
+@openai
+def test_an_error_of_the_moment_with_status_200_is_tried_again(particular):
+    replies = [(200, {"error": {"message": "overloaded", "code": 503}}), says(GOOD)]
+    assert ask(particular(lambda path, body: replies.pop(0)))[0] == [GOOD]
+
+
+@openai
+@pytest.mark.parametrize("after", [lambda: "1", lambda: formatdate(time.time() + 2, usegmt=True)], ids=["seconds", "date"])
+def test_a_server_is_asked_again_when_it_says(particular, after):
+    asked = []
+
+    def rule(path, body):
+        asked.append(time.monotonic())
+        return says(GOOD) if len(asked) > 1 else (429, {"error": {"message": "slow down"}}, {"Retry-After": after()})
+
+    assert ask(particular(rule))[0] == [GOOD] and asked[1] - asked[0] > 0.8
+
+
+@openai
+def test_keys_are_shown_nowhere(particular, monkeypatch, caplog, capfd):
+    caplog.set_level("DEBUG")
+    server = particular(lambda path, body: (401, {"error": {"message": f"bad key {KEY[:9]}****{KEY[-4:]}, {KEY}, hunter2!, tok-12345"}}))
+    with pytest.raises(PromptError, match="bad key") as e:
+        OpenAIBackend("m", base_url=server.url.replace("//", "//me:hunter2!@") + "/v1?code=tok-12345").complete(Request(TOY, "plain"),
+                                                                                                                seed=0)
+    assert server.sent[0]["Authorization"].startswith("Basic ") and server.paths[0].endswith("?code=tok-12345")
+    for place in (str(e.value), caplog.text.replace("?code=tok-12345", ""), *capfd.readouterr()):
+        assert not any(secret in place for secret in (KEY, KEY[:9], "hunter2", "tok-12345"))
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+    server.rule = lambda path, body: says(GOOD)
+    assert ask(server)[0] == [GOOD] and server.sent[-1]["Authorization"] == f"Bearer {KEY}"
+    for wrong in (f"{KEY}\nX: 1", f"{KEY} {KEY}", f"{KEY}ü"):
+        monkeypatch.setenv("OPENAI_API_KEY", wrong)
+        with pytest.raises(PromptError, match="OPENAI_API_KEY is no key") as e:
+            ask(server)
+        assert KEY not in str(e.value)
+
+
+# ---------------------------------------------------------------- local chat models
+
+def chat_copy(random_model, folder, template, **settings):
+    "The model of random weights with another chat template."
+    from transformers import AutoTokenizer
+
+    shutil.copytree(random_model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    for name, value in settings.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+TURN = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("rule, roles", [
+    ("", ["system", "user", "assistant", "user"]),
+    ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}", ["user", "assistant",
+                                                                                                               "user"]),
+    ("{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}", ["user", "assistant", "user"]),
+    ("{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}", ["user"])])
+def test_chat_templates_without_a_system_role(random_model, tmp_path, rule, roles):
+    model = chat_copy(random_model, tmp_path / "m", rule + TURN)
+    backend, read = TransformersBackend(model, device="cpu", batch=2, max_new_tokens=3, chat=True), []
+    sample = backend._sample
+    backend._sample = lambda request, text, seed: read.append(text) or sample(request, text, seed)
+    assert len(backend.complete(Request(TOY, "contextual"), seed=0)) == 2
+    assert re.findall(r"^<(\w+)>", read[0], re.M) == roles and Request(TOY, "contextual").instruction in read[0]
+
+
+def test_chat_templates_that_take_nothing_or_are_not_there(random_model, tmp_path):
+    for template, words in (("{{ raise_exception('no') }}", "takes no request"), (None, "has no chat template")):
+        model = chat_copy(random_model, tmp_path / words, template)
+        (model / "chat_template.jinja").unlink(missing_ok=template is None)
+        if template:
+            (model / "chat_template.jinja").write_text(template)
+        with pytest.raises(PromptError, match=words) as e:
+            TransformersBackend(model, device="cpu", batch=1, chat=True).complete(Request(TOY, "plain"), seed=0)
+        assert "\n" not in str(e.value)
+
+
+def test_inputs_that_a_network_does_not_take_are_left_out(random_model, tmp_path):
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    model = chat_copy(random_model, tmp_path / "m", TURN, model_input_names=names)
+    for chat in (False, True):
+        assert len(TransformersBackend(model, device="cpu", batch=1, max_new_tokens=3, chat=chat).complete(Request(TOY, "plain"),
+                                                                                                           seed=0)) == 1
+
+
+def test_an_answer_fits_the_context(random_model, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shutil.copytree(random_model, tmp_path / "m")
+    length = len(TransformersBackend(random_model, device="cpu").loaded[0](Request(TOY, "plain").continuation())["input_ids"])
+    for positions, fits in ((length + 20, True), (length + 5, False), (length - 9, False)):
+        GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=positions, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path / "m")
+        backend = TransformersBackend(tmp_path / "m", device="cpu", batch=1, guided=False)
+        if fits:
+            assert len(backend.complete(Request(TOY, "plain"), seed=0)) == 1
+        else:
+            with pytest.raises(PromptError, match=f"reads {positions} tokens at a time.*larger context"):
+                backend.complete(Request(TOY, "plain"), seed=0)
 
 
 # ---------------------------------------------------------------- the real model

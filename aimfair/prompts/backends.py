@@ -50,14 +50,16 @@ def get_backend(
     name: str,  # one of `BACKENDS`
     model: str | None = None,  # None: smollm2 (transformers), AIMFAIR_LLM_MODEL (openai)
     base_url: str | None = None,  # openai only
+    max_tokens: int | None = None,  # of an answer; None: the back end's own
 ) -> Backend:
     "A back end by name. Raises `PromptError`."
     if name not in BACKENDS:
         raise PromptError(unknown("back end", name, BACKENDS))
     if base_url and name != "openai":
         raise PromptError(f"a base URL is for the back end openai; {name} needs none")
+    if name == "grammar" and (model or max_tokens):
+        raise PromptError(f"the grammar needs no {'model' if model else 'max_tokens'}")
     if name == "openai":
-        return OpenAIBackend(model, base_url=base_url)
-    if name == "grammar" and model:
-        raise PromptError("the grammar needs no model")
-    return GrammarBackend() if name == "grammar" else TransformersBackend(model or "smollm2")
+        return OpenAIBackend(model, base_url=base_url, **({"max_tokens": max_tokens} if max_tokens else {}))
+    more = {"max_new_tokens": max_tokens} if max_tokens else {}
+    return GrammarBackend() if name == "grammar" else TransformersBackend(model or "smollm2", **more)

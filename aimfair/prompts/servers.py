@@ -6,15 +6,22 @@
 __all__ = ['OpenAIBackend']
 
 # %% ../../nbs/06_prompts/07_servers.ipynb #a722ba66
+import json
 import os
 import re
-from collections.abc import Iterable
+import threading
+import time
+import warnings
+from base64 import b64encode
+from collections.abc import Callable, Iterable
 from functools import cached_property
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from .local_models import whole_lines
-from .requests import Request
+from .requests import TURNS, Request
 from .tasks import PromptError
+from .wording import without_thoughts
 
 # %% ../../nbs/06_prompts/07_servers.ipynb #ddf137a0
 def _public_url(url):
@@ -24,27 +31,364 @@ def _public_url(url):
     return f"{parts.scheme}://{parts.hostname}{port}{parts.path}".rstrip("/")
 
 
-def _public_error(
-    error: Exception,
-    secrets: Iterable[str],
-) -> str:
-    "An error in words that hold no secret."
-    text = " ".join(str(getattr(error, "message", None) or error).split())[:200]
+def blotted(
+    text: str,  # of a server
+    secrets: Iterable[str | None],
+) -> str:  # at most 200 characters
+    "Words of a server in one line that holds no secret, not even one that the server shortened."
+    page = re.search(r"<title>(.*?)</title>", text, re.S | re.I)
+    text = f"a web page, {page[1].strip()!r}" if page else "a web page" if re.match(r"\s*<(?:!doctype|html)", text, re.I) else text
     for secret in filter(None, secrets):
         text = text.replace(secret, "***")
-    return f"{type(error).__name__}: {re.sub(r'sk-[A-Za-z0-9_*-]{4,}', '***', text)}"
+        if len(secret) >= 8:
+            text = re.sub(rf"{re.escape(secret[:4])}[\w*.-]*", "***", text)
+    text = re.sub(r"\b(Bearer|Basic) [^\s\"']+", r"\1 ***", text)
+    return re.sub(r"sk-[A-Za-z0-9_*-]{4,}", "***", " ".join(text.split()))[:200]
 
 # %% ../../nbs/06_prompts/07_servers.ipynb #f9795d20
+_ENDS = r"/(?:chat(?:/completions)?|completions|images/generations|responses|embeddings|models|api/chat|api/generate)$"
+
+
 def _server_url(base_url):
     "The server's address, or None for OpenAI's own. Raises `PromptError`."
-    url = base_url or os.environ.get("OPENAI_BASE_URL")
+    url = (base_url or os.environ.get("OPENAI_BASE_URL") or "").strip()
     if not url and not os.environ.get("OPENAI_API_KEY"):
         raise PromptError("no server and no key: set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own")
     if url and not re.match(r"https?://[^/]", url):
         raise PromptError(f"the base URL {_public_url(url)!r} does not begin with http:// or https://")
-    return url
+    return url or None
+
+
+def _addresses(
+    url: str,
+) -> list[str]:  # without user and query; the first is the likelier
+    "Base addresses of a server that a URL may mean."
+    given = _public_url(url)
+    base = re.sub(_ENDS, "", given)
+    if re.search(r"/v\d\w*(?:/|$)|/openai\b", base):
+        return [base]
+    pair = [f"{base}/v1", base]
+    return pair if urlsplit(base).path.strip("/") == "" and base == given else pair[::-1]
 
 # %% ../../nbs/06_prompts/07_servers.ipynb #6d9b4da8
+class ServerError(PromptError):
+    "A request that a server did not answer."
+
+    def __init__(self, message: str, status: int = 0, told: str = ""):  # status: 0 no contact, 200 an answer that is none
+        super().__init__(message)
+        self.status, self.told = status, told
+
+    @property
+    def elsewhere(self) -> bool:
+        "Whether another address of the same server may be meant."
+        page = re.match(r"\s*<", self.told) or re.search(r"unexpected endpoint|no route|invalid url|cannot post", self.told, re.I)
+        missing = self.status in (404, 405) and not re.search(r"model|deployment", self.told, re.I)
+        return bool(missing or self.status == 200 and page)
+
+# %% ../../nbs/06_prompts/07_servers.ipynb #90cd97e8
+def _checked(
+    reply: Any,  # JSON, or text where it was none
+    wanted: str,  # what a good reply has: choices, data
+) -> dict:
+    "A reply that is one. Raises `ServerError`, with the status that an error inside a reply names."
+    if isinstance(reply, str) and re.match(r"\s*<(?:!doctype|html|head|body|\?xml)", reply, re.I):
+        raise ServerError("it answered with a web page, not with JSON; is the base URL right?", 200, reply)
+    if isinstance(reply, str):
+        reply = json.loads(reply)
+    error = reply.get("error") if isinstance(reply, dict) and not reply.get(wanted) else None
+    if error:
+        code = error.get("code") or error.get("status") if isinstance(error, dict) else None
+        words = error.get("message") if isinstance(error, dict) else error
+        raise ServerError(f"it answered with an error: {words}", int(code) if str(code).isdecimal() else 200, json.dumps(reply))
+    if not isinstance(reply, dict) or wanted not in reply:
+        raise ValueError(f"no {wanted}")
+    return reply
+
+# %% ../../nbs/06_prompts/07_servers.ipynb #b1b79c7a
+def secrets_of(
+    url: str,  # as the user gave it
+) -> list[str]:
+    "What must not be shown: the key, the password and what follows a question mark."
+    parts = urlsplit(url)
+    query = [value for _, value in parse_qsl(parts.query) if len(value) > 3]
+    return [s for s in (os.environ.get("OPENAI_API_KEY", "").strip(), parts.password, unquote(parts.password or ""), *query) if s]
+
+
+def open_client(
+    url: str,  # as the user gave it
+    **options,  # of the client
+):  # openai.OpenAI
+    "A client with the key of the environment, or the user and password of the address. Raises `PromptError`."
+    from openai import OpenAI
+
+    parts, key = urlsplit(url), os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise PromptError("OPENAI_API_KEY is no key: it holds a space, a line break, or a letter that no key has")
+    headers = {"api-key": key} if (parts.hostname or "").endswith(".azure.com") else {}
+    if parts.username:
+        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        headers["Authorization"] = f"Basic {b64encode(pair.encode()).decode()}"
+    query = dict(parse_qsl(parts.query))
+    return OpenAI(base_url=_public_url(url), api_key=key or "none", default_headers=headers, default_query=query, **options)
+
+# %% ../../nbs/06_prompts/07_servers.ipynb #e5e31326
+def _once(client, url, body, secrets):
+    "Status, reply (JSON, or text) and None; or status, what the server told, and the problem in words."
+    import openai
+
+    try:
+        return 200, client.post(url, cast_to=object, body=body), None
+    except openai.APIStatusError as e:
+        told, wait = e.response.text, e.response.headers.get("retry-after", "")
+        later = f"; it says to come back after {wait}{' s' * wait.isdecimal()}" if wait and e.status_code in (429, 503) else ""
+        words = told if told.lstrip().startswith("<") else e.message
+        return e.status_code, told, f"{type(e).__name__}: {blotted(words, secrets)}{later}"
+    except openai.OpenAIError as e:
+        return 0, "", f"{type(e).__name__}: {blotted(str(e), secrets)}"
+
+
+def _answered(client, url, body, wanted, secrets):
+    "What an address answers; one that tells of trouble of its own with status 200 is asked again. Raises `ServerError`."
+    for pause in [min(2.0**n / 2, 8) for n in range(client.max_retries)] + [None]:
+        status, told, problem = _once(client, url, body, secrets)
+        if problem is None:
+            try:
+                return _checked(told, wanted)
+            except ServerError as error:
+                status, told, problem = error.status, error.told, blotted(str(error), secrets)
+            if pause is not None and (status == 429 or status >= 500):
+                time.sleep(pause)
+                continue
+        raise ServerError(f"no answer from {_public_url(re.sub(_ENDS, '', url))}: {problem}", status, told)
+
+# %% ../../nbs/06_prompts/07_servers.ipynb #f39d1687
+class Server:
+    "An OpenAI-compatible server: its address, the key, and patience."
+
+    def __init__(
+        self,
+        base_url: str | None = None,  # None: OPENAI_BASE_URL, or OpenAI's own
+        *, timeout: float = 120.0,  # seconds without an answer until it is asked again
+        max_retries: int = 4,  # further tries
+    ):
+        self._url, self.patience = _server_url(base_url) or "https://api.openai.com/v1", {"timeout": timeout, "max_retries": max_retries}
+        self.addresses = _addresses(self._url)
+
+    @property
+    def base_url(self) -> str:  # without secrets
+        return self.addresses[0]
+
+    @cached_property
+    def _client(self):
+        return open_client(self._url, **self.patience)
+
+    def post(self, path: str, body: dict, wanted: str) -> dict:  # path: /chat/completions; wanted: what a good reply has, such as choices
+        "A reply. Raises `ServerError`, in one line, and `ValueError` where what came is neither a reply nor an error."
+        first = None
+        for address in self.addresses:
+            try:
+                reply = _answered(self._client, f"{address}{path}", body, wanted, secrets_of(self._url))
+            except ServerError as error:
+                first = first or error
+                if not error.elsewhere:
+                    raise
+            else:
+                self.addresses = [address]
+                return reply
+        raise first
+
+# %% ../../nbs/06_prompts/07_servers.ipynb #ef803d77
+def _places(value):
+    "Names of parameters in a decoded error: every `param`, `loc` and `field`."
+    if isinstance(value, list):
+        return [name for v in value for name in _places(v)]
+    if not isinstance(value, dict):
+        return []
+    own = [value[k] for k in ("param", "loc", "field", "parameter") if value.get(k)]
+    own = [str(name) for names in own for name in (names if isinstance(names, list) else [names])]
+    inner = [v for k, v in value.items() if k not in ("param", "loc", "field", "parameter", "input")]
+    return own + [name for v in inner for name in _places(json.loads(v) if isinstance(v, str) and v[:1] in "{[" and v[-1:] in "}]" else v)]
+
+
+def named_parameter(
+    names: Iterable[str],  # parameters that were sent
+    told: str,  # by the server
+) -> str | None:  # None where it speaks of none of them
+    "The parameter that a server turns down."
+    try:
+        places = [name for place in _places(json.loads(told)) for name in re.split(r"\W+", place)]
+    except ValueError:
+        places = []
+    if found := [name for name in names if name in places]:
+        return found[0]
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", re.sub(r'"input"\s*:\s*\{[^{}]*\}', "", told)).lower()
+    at = {name: match.start() for name in names if (match := re.search(rf"(?<![\w]){name}(?![\w])", words))}
+    return min(at, key=at.get, default=None)
+
+# %% ../../nbs/06_prompts/07_servers.ipynb #88c2a74b
+_TOO_LONG = re.compile(r"context (?:length|size|window)|context_length|exceed_context|too (?:large|long|many tokens)|exceeds?|at most"
+                       r"|max_model_len|less than or equal|n_ctx|maximum (?:of|value|allowed)", re.I)
+_ROLES = re.compile(r"\broles?\b|system (?:message|prompt|instruction|role)|developer instruction|chat template|jinja|TemplateError", re.I)
+_WITHHELD = re.compile(r"content[_ ]?(?:policy|filter|management|moderation)|moderation|safety|responsible ?ai|flagged|nsfw|prohibited"
+                       r"|inappropriate|violat", re.I)
+_FINAL = re.compile(r"billing|quota|api[_ ]key|unauthori|model_not_found|does not exist|credit|not a valid model|model .{0,60}not found"
+                    r"|no such model", re.I)
+_LIMITS = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+
+
+def withheld(error: ServerError) -> bool:
+    "Whether a server turns down what the request is about, not how it is made."
+    return error.status in (200, 400, 403, 422, 451) and bool(_WITHHELD.search(error.told)) and not _FINAL.search(error.told)
+
+
+def hopeless(error: ServerError) -> bool:
+    "Whether other parameters would make no difference."
+    return error.status not in (200, 400, 404, 413, 422, 500, 501) or bool(_FINAL.search(error.told)) or withheld(error)
+
+# %% ../../nbs/06_prompts/07_servers.ipynb #4b047d55
+def without_parameter(
+    settings: dict,
+    name: str,
+) -> tuple[dict, dict[str, str]]:  # the settings that are left, and what to say of which parameter
+    "Settings without a parameter; a limit of the answer's length gets its other name first."
+    left = {k: v for k, v in settings.items() if k != name}
+    other, tried = _LIMITS.get(name), settings.get("_tried", ())
+    if other and other not in tried:
+        return {**left, other: settings[name], "_tried": (*tried, name)}, {"limit": f"takes {other} in place of {name}"}
+    return left, {"limit" if other else name: f"takes no {name}: it is asked without"}
+
+# %% ../../nbs/06_prompts/07_servers.ipynb #3208d63a
+def chat_terms(
+    settings: dict,  # what a request was sent with; `turns` is how it was said
+    error: ServerError,
+) -> tuple[dict, dict[str, str], bool] | None:  # other settings, what to say of them, whether the server said so; None: nothing helps
+    "What to send in place of a request that a language model's server turned down."
+    if hopeless(error):
+        return None
+    names = [name for name in settings if name not in ("turns", "_tried")]
+    name, limit = named_parameter(names, error.told), next((n for n in _LIMITS if settings.get(n)), None)
+    if _TOO_LONG.search(error.told) and name in (None, limit):
+        if not limit or settings[limit] < 128:
+            return None
+        return settings | {limit: settings[limit] // 2}, {"limit": f"takes answers of {settings[limit] // 2} tokens, not more"}, True
+    if name:
+        return *without_parameter(settings, name), True
+    place = TURNS.index(settings.get("turns", TURNS[-1]))
+    if _ROLES.search(error.told) and place + 1 < len(TURNS):
+        return settings | {"turns": TURNS[place + 1]}, {"turns": "takes no system message, or no earlier turns: the user says all"}, True
+    if error.status not in (400, 422):
+        return None
+    if names:
+        return *without_parameter(settings, names[0]), False
+    plain = {"turns": "takes plain requests only"}
+    return (settings | {"turns": TURNS[place + 1]}, plain, False) if place + 1 < len(TURNS) else None
+
+# %% ../../nbs/06_prompts/07_servers.ipynb #f0e77329
+class Agreed:
+    "What a server takes, as far as we know. What it turned down once is not sent again, and said once."
+
+    def __init__(self, server: Server, settings: dict):  # what is sent with every request; None stands for a value of the request's own
+        self.server, self.settings, self.said, self._lock = server, settings, [], threading.Lock()
+
+    def agree(self, settings: dict, notes: dict[str, str]):
+        "Remember the settings of a request that was answered."
+        if notes:
+            with self._lock:
+                self.settings = settings
+                fresh = [note for note in notes.values() if note not in self.said]
+                self.said += fresh
+            for note in fresh:
+                warnings.warn(f"{self.server.base_url} {note}", UserWarning, stacklevel=5)
+
+# %% ../../nbs/06_prompts/07_servers.ipynb #cbf7334c
+class Dialogue(Agreed):
+    "Requests of one kind to a server."
+
+    def __init__(
+        self,
+        server: Server,
+        path: str,
+        wanted: str,  # what a good reply has: choices, data
+        settings: dict,
+        terms: Callable[[dict, ServerError], tuple[dict, dict[str, str], bool] | None],  # as `chat_terms`
+    ):
+        super().__init__(server, settings)
+        self.path, self.wanted, self.terms = path, wanted, terms
+
+    def ask(
+        self,
+        body: Callable[[dict], dict],  # what to send with some settings
+    ) -> dict:
+        "A reply. Raises `ServerError` where no change of the settings helps, and `ValueError` for a malformed reply."
+        settings, notes, unclear = self.settings, {}, None
+        while True:
+            try:
+                reply = self.server.post(self.path, body(settings), self.wanted)
+            except ServerError as error:
+                change = self.terms(settings, error)
+                if change is None:
+                    raise (unclear if unclear and error.status in (400, 422) else error) from None
+                settings, note, asked = change
+                unclear = None if asked else unclear or error  # of refusals that say little, the first tells most
+                notes |= note
+            else:
+                self.agree(settings, notes)
+                return reply
+
+# %% ../../nbs/06_prompts/07_servers.ipynb #5bfdd963
+def _text_of(content):
+    "The text of a message: a string, or parts of which some are thoughts or pictures."
+    if isinstance(content, list):
+        parts = [p if isinstance(p, dict) else {"text": str(p)} for p in content]
+        return "".join(str(p.get("text") or "") for p in parts if p.get("type", "text") in ("text", "output_text"))
+    return content if isinstance(content, str) else "" if content is None else json.dumps(content)
+
+
+def answer_in(
+    choices: list[dict],  # of a reply
+) -> tuple[str, str | None]:  # the answer, whole lines only, and why there is none
+    "The answer of a language model, without thoughts."
+    choice = choices[0] if choices and isinstance(choices[0], dict) else {}
+    message = choice.get("message") if isinstance(choice.get("message"), dict) else {}
+    content = _text_of(message.get("content", choice.get("text")))
+    reason = str(choice.get("finish_reason") or "").lower()
+    cut = reason in ("length", "max_tokens", "max_output_tokens", "model_length")
+    text = without_thoughts(content)
+    if lines := whole_lines(text, not cut or text.lstrip("`json\n ")[:1] in ("[", "{")):
+        return lines, None
+    if cut:
+        return "", "answer cut off by the length limit"
+    return "", "answer withheld" if reason == "content_filter" or message.get("refusal") else "empty answer"
+
+# %% ../../nbs/06_prompts/07_servers.ipynb #de8b7b0d
+_PATIENCE = {"answer cut off by the length limit": 3}  # failed answers in a row; of other kinds, 6
+
+
+def chat_body(
+    model: str,
+    request: Request,
+    seed: int,
+    settings: dict,  # with `turns` for a chat model
+) -> dict:
+    "What is sent."
+    sent = {k: v for k, v in settings.items() if k not in ("turns", "_tried")}
+    sent |= {"seed": seed & 0x7FFFFFFF} if "seed" in sent else {}  # some servers keep it in 32 bits, with a sign
+    said = {"messages": request.messages(settings["turns"])} if "turns" in settings else {"prompt": request.continuation()}
+    return {"model": model, **said, **sent}
+
+
+def why_nothing(
+    fault: str,  # of the last answers
+    times: int,
+    backend: "OpenAIBackend",
+) -> str:
+    "What to do about failed answers."
+    limit = next((f" of {n} tokens" for name in _LIMITS if (n := backend.dialogue.settings.get(name))), "")
+    told = f"{times} answers in a row of {backend.model} at {backend.base_url} failed: {fault}"
+    what_to_do = f"{limit}, before it said anything; raise max_tokens (--max-tokens)" if fault in _PATIENCE else "; try another model"
+    return told + what_to_do
+
+# %% ../../nbs/06_prompts/07_servers.ipynb #3d5f93f6
 class OpenAIBackend:
     "A chat model behind any OpenAI-compatible server."
     name = "openai"
@@ -55,49 +399,42 @@ class OpenAIBackend:
         *, base_url: str | None = None,  # None: OPENAI_BASE_URL, or OpenAI's own
         timeout: float = 120.0,  # seconds without an answer until it is asked again
         max_retries: int = 4,  # further tries
-        max_tokens: int = 2048,  # of an answer
+        max_tokens: int | None = 2048,  # of an answer, thoughts included; None leaves it to the server
         temperature: float | None = 0.9,  # None leaves it to the server
         chat: bool = True,  # False: have it continue a list (/completions), for base models and small ones
+        **options,  # further parameters of the request, such as top_p=0.95
     ):
         self.model = model or os.environ.get("AIMFAIR_LLM_MODEL", "")
         if not self.model:
             raise PromptError("no model named: set AIMFAIR_LLM_MODEL, or pass a model (--model)")
-        self._url, self.timeout, self.max_retries, self.chat = _server_url(base_url), timeout, max_retries, chat
-        self.options = {"max_tokens": max_tokens} | ({} if temperature is None else {"temperature": temperature})
+        given = {"temperature": temperature, "max_tokens": max_tokens, **options, "turns": TURNS[0] if chat else None}
+        settings = {"seed": None, **{k: v for k, v in given.items() if v is not None}}
+        server = Server(base_url, timeout=timeout, max_retries=max_retries)
+        self.dialogue = Dialogue(server, "/chat/completions" if chat else "/completions", "choices", settings, chat_terms)
+        self.chat, self.fault, self._failed = chat, None, 0
 
     @property
     def base_url(self) -> str:  # without secrets
-        return _public_url(self._url or "https://api.openai.com/v1")
+        return self.dialogue.server.base_url
 
     def __repr__(self):
         return f"OpenAIBackend({self.model!r}, base_url={self.base_url!r})"
 
-    @cached_property
-    def _client(self):
-        from openai import OpenAI
-
-        return OpenAI(base_url=self._url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=self.timeout,
-                      max_retries=self.max_retries)
-
-    def _answer(self, request, seed):
-        settings = {"model": self.model, "seed": seed, **self.options}
-        if self.chat:
-            choice = self._client.chat.completions.create(messages=request.messages(), **settings).choices[0]
-            return whole_lines(choice.message.content or "", choice.finish_reason != "length")
-        choice = self._client.completions.create(prompt=request.continuation(), **settings).choices[0]
-        return whole_lines(f"{request.n_examples + 1}.{choice.text}", choice.finish_reason != "length")
+    def described(self) -> dict:  # goes into the provenance of a set
+        "What is sent with every request, as far as the server takes it."
+        return {k: v for k, v in self.dialogue.settings.items() if k not in ("seed", "_tried")}
 
     def complete(self, request: Request, *, seed: int) -> list[str]:
-        "One answer; an empty one where the server's reply was malformed. Raises `PromptError`."
-        import openai
-
+        "One answer; an empty one where the reply was malformed or holds none: `fault` says why. Raises `PromptError`."
         try:
-            return [self._answer(request, seed)]
-        except openai.APIResponseValidationError:
-            return [""]
-        except openai.OpenAIError as e:
-            key = self._client.api_key
-            problem = _public_error(e, [os.environ.get("OPENAI_API_KEY"), key if key != "none" else None])
-        except (ValueError, TypeError, AttributeError, IndexError):  # no JSON, or not a chat completion
-            return [""]
-        raise PromptError(f"no answer from {self.base_url}: {problem}")
+            reply = self.dialogue.ask(lambda settings: chat_body(self.model, request, seed, settings))
+            text, self.fault = answer_in(reply["choices"])
+        except PromptError:
+            raise
+        except (ValueError, TypeError, AttributeError):  # no JSON, or not a completion
+            text, self.fault = "", "malformed answer"
+        self._failed = self._failed + 1 if self.fault else 0
+        if self._failed >= _PATIENCE.get(self.fault, 6):
+            raise PromptError(why_nothing(self.fault, self._failed, self))
+        head = "" if self.chat or not text else f"{request.n_examples + 1}. "
+        return [head + text]

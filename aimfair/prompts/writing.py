@@ -72,7 +72,11 @@ def _kept_answers(
     if differing := [k for k in {**about, **head} if head.get(k) != about.get(k)]:
         found, wanted = (some.get(differing[0]) for some in (head, about))
         raise PromptError(f"{path} belongs to a set with {differing[0]} {found!r}, not {wanted!r}; delete it, or name another file")
-    return [line["answer"] for line in answers]
+    kept = []
+    for line in answers:
+        place = line.get("place", len(kept))
+        kept[place : place + 1] = [line["answer"]]
+    return kept
 
 # %% ../../nbs/06_prompts/10_writing.ipynb #2abc0ddf
 class _Journal:
@@ -83,13 +87,14 @@ class _Journal:
         self.answers = _kept_answers(self.path, about) if self.path else []
 
     def get(self, ask: Callable[[], list[str]]) -> list[str]:
-        "The next answer: one that is there already, or a new one."
-        if self.read == len(self.answers):
-            self.answers.append(ask())
+        "The next answer: one that is there already and says something, or a new one."
+        place, self.read = self.read, self.read + 1
+        if place == len(self.answers) or not any(map(str.strip, self.answers[place])):
+            again = {"place": place} if place < len(self.answers) else {}
+            self.answers[place : place + 1] = [ask()]
             if self.path:
-                append_lines(self.path, [{"answer": self.answers[-1]}])
-        self.read += 1
-        return self.answers[self.read - 1]
+                append_lines(self.path, [{"answer": self.answers[place]} | again])
+        return self.answers[place]
 
 # %% ../../nbs/06_prompts/10_writing.ipynb #5015be11
 @dataclass
@@ -156,7 +161,7 @@ class _Writing:
         self.counts["answers"] += 1
         for text in texts:
             lines = parse_answer(text)
-            self.rejected["malformed answer"] += not lines
+            self.rejected[(getattr(self.backend, "fault", None) if not text else None) or "malformed answer"] += not lines
             for line in lines:
                 self.counts["lines"] += 1
                 if reason := part.why_not(line, examples):

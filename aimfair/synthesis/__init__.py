@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/08_synthesis/00_synthesis.ipynb #64a3e29b
-from . import distances, featurespace, filters, folders, gap, generators, rendering, slots
+from . import distances, featurespace, filters, folders, gap, generators, rendering, servers, slots
 from .generators import *
 from .slots import *
 from .folders import *
@@ -15,6 +15,7 @@ from .filters import *
 from .rendering import *
 from .distances import *
 from .gap import *
+from .servers import *
 
 __all__ = [*generators.__all__, *slots.__all__, *folders.__all__, *featurespace.__all__, *filters.__all__, *rendering.__all__,
-           *distances.__all__, *gap.__all__]
+           *distances.__all__, *gap.__all__, *servers.__all__]

@@ -186,16 +186,16 @@ def _judged_attempts(out) -> tuple[pd.DataFrame, list[str]]:
 
 def rejection_report(
     judged,  # a folder that `synthesize` wrote, or the table of `filter_set`
-) -> pd.DataFrame:  # a row a group: made, kept, turned down by each filter, unsafe, blank, acceptance (kept / made, in [0, 1])
+) -> pd.DataFrame:  # a row a group: made, kept, turned down by each filter, unsafe, blank, refused, acceptance (kept / made, in [0, 1])
     "What was turned down, group by group. An image may fail several filters, and counts for each."
     if isinstance(judged, (str, os.PathLike)):
         judged, filters = _judged_attempts(judged)
     else:
         filters = [c.removeprefix("score_") for c in judged if c.startswith("score_")]
     by = judged.fillna({"rejected_by": ""})
-    columns = {"made": by["group"] == by["group"], "kept": by["status"] == "kept"}
+    columns = {"made": by["status"] != "refused", "kept": by["status"] == "kept"}
     columns |= {name: by["rejected_by"].str.split(",").map(lambda names, name=name: name in names) for name in filters}
-    columns |= {name: by["status"] == name for name in ("unsafe", "blank")}
+    columns |= {name: by["status"] == name for name in ("unsafe", "blank", *(["refused"] if "refused" in set(by["status"]) else []))}
     report = pd.DataFrame(columns).groupby(by["group"]).sum().astype(int)
     report.loc["all"] = report.sum()
     return report.assign(acceptance=(report["kept"] / report["made"]).round(3))

@@ -6,6 +6,7 @@
 __all__ = ['synthesize', 'image_grid']
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #d5233b68
+import contextlib
 import gc
 import heapq
 import os
@@ -23,7 +24,8 @@ from .featurespace import as_table, open_image
 from .filters import NearDuplicate, check_filters, judge, rejection_report
 from .folders import Journal
 from .generators import SynthesisConfig, SynthesisError
-from .generators import call_arguments, components_digest, generator_name, load_generator, prepared, resolve_config
+from .generators import call_arguments, components_digest, generator_name, load_generator, other_generator
+from .generators import prepared, resolve_config
 from .slots import GroupPrompts, Slots, as_group_prompts, parse_shard
 from ..t2i.pipelines import quiet
 
@@ -94,10 +96,13 @@ def _record(job: dict, image, unsafe: bool) -> dict:
     record = {**job, "height": image.height, "width": image.width, "status": status, "rejected_by": ""}
     return record if status == "kept" else record | {"file": ""}
 
-
+# %% ../../nbs/08_synthesis/06_rendering.ipynb #b527375e
 def _settle(jobs: list[dict], images: list[tuple[Any, bool]], resize, filters) -> list[tuple[dict, Any]]:
-    "Records and finished images: kept, rejected, unsafe or blank."
-    drawn = [(job, image.convert("RGB"), unsafe) for job, (image, unsafe) in zip(jobs, images, strict=True)]
+    "Records and finished images: kept, rejected, unsafe or blank; and refused, where there is no image."
+    pairs = list(zip(jobs, images, strict=True))
+    none = {"file": "", "height": 0, "width": 0, "status": "refused", "rejected_by": ""}
+    refused = [({**job, **none}, None) for job, (image, _) in pairs if image is None]
+    drawn = [(job, image.convert("RGB"), unsafe) for job, (image, unsafe) in pairs if image is not None]
     done = [(_record(*one), _finish(one[1], resize)) for one in drawn]
     good = [(r, im) for r, im in done if r["status"] == "kept"]
     if filters and good:
@@ -106,7 +111,7 @@ def _settle(jobs: list[dict], images: list[tuple[Any, bool]], resize, filters) -
             if failed:
                 name = f"{r['index'] + 1:06d}-{r['attempt']}.png"
                 r.update(status="rejected", rejected_by=",".join(failed), file=f"rejected/{r['group']}/{name}")
-    return done
+    return done + refused
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #18aec38d
 def _budgets(slots: Slots, records: list[dict], max_attempts: float) -> dict[str, int]:
@@ -142,6 +147,16 @@ def _put_back(queue: list, budget: dict[str, int], unmade: list, done: list):
         if r["status"] != "kept":
             heapq.heappush(queue, (r["attempt"] + 1, r["index"], r["group"]))
 
+# %% ../../nbs/08_synthesis/06_rendering.ipynb #50c3adb5
+def _next(queue: list, budget: dict[str, int], size: int, short: set[str], slots: Slots) -> list:
+    "As `_take`, past prompts that were refused."
+    part = []
+    while len(part) < size and (taken := _take(queue, budget, size - len(part), short)):
+        possible = [slots.possible(*job) for job in taken]
+        short |= {job[2] for job, way in zip(taken, possible, strict=True) if way is None}
+        part += [way for way in possible if way]
+    return part
+
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #69a4a731
 def _remember_kept(folder: Journal, slots: Slots, records: list[dict], filters):
     "Tell near-duplicate filters what this shard kept before."
@@ -160,16 +175,19 @@ def _remember_kept(folder: Journal, slots: Slots, records: list[dict], filters):
 def _fill(folder: Journal, slots: Slots, batches: _Batches, resize, filters, max_attempts, progress) -> set[str]:
     "Make what is missing; the groups that used up their budget. Whatever ends it leaves a manifest of what is there."
     records = folder.read(slots.prompts.groups)
+    slots.refused |= {(r["group"], r["prompt_index"]) for r in records if r["status"] == "refused"}
     queue, short = slots.pending(records), set()
     budget = _budgets(slots, records, max_attempts)
     _remember_kept(folder, slots, records, filters)
     try:
         with progress_bar(total=len(queue), disable=not progress, desc="images", unit=" images") as bar:
-            while part := _take(queue, budget, batches.size, short):
+            while part := _next(queue, budget, batches.size, short, slots):
                 jobs, images = batches([slots.job(g, i, a) for a, i, g in part])
                 done = _settle(jobs, images, resize, filters)
                 folder.store(done)
-                _put_back(queue, budget, part[len(jobs):], done)
+                slots.refused |= {(r["group"], r["prompt_index"]) for r, _ in done if r["status"] == "refused"}
+                made = {(r["attempt"], r["index"], r["group"]) for r in jobs}
+                _put_back(queue, budget, [job for job in part if job not in made], done)
                 bar.update(sum(r["status"] == "kept" for r, _ in done))
     except BaseException:  # Ctrl-C, a full disk, no memory
         folder.merge(slots.prompts.groups)
@@ -177,15 +195,23 @@ def _fill(folder: Journal, slots: Slots, batches: _Batches, resize, filters, max
     return short
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #47ff7bf2
-def _identity(prompts: GroupPrompts, pipe, config: SynthesisConfig, seed: int, filters) -> dict:
-    "What a set is: everything that its images depend on."
+def _about(pipe, config: SynthesisConfig) -> dict:
+    "What draws, and with what settings."
+    if hasattr(pipe, "about"):
+        return pipe.about(config)
     dtype = str(getattr(pipe, "dtype", config.dtype or "float32")).removeprefix("torch.")
     scheduler = getattr(pipe, "scheduler", None)
     settings = config.model_dump(exclude={"batch_size"}) | {"dtype": dtype, "scheduler": type(scheduler).__name__ if scheduler else None}
     weights = components_digest(type(pipe).__name__, getattr(pipe, "components", {}))
-    return {"digest": prompts.digest, "task": prompts.task, "style": prompts.style, "generator": generator_name(pipe), "weights": weights,
-            "pipeline": type(pipe).__name__, "seed": seed, "settings": settings, "filters": [f.describe() for f in filters],
-            "prompts": prompts.groups}
+    return {"generator": generator_name(pipe), "weights": weights, "pipeline": type(pipe).__name__, "settings": settings}
+
+
+def _identity(prompts: GroupPrompts, pipe, config: SynthesisConfig, seed: int, filters) -> dict:
+    "What a set is: everything that its images depend on."
+    about = _about(pipe, config)
+    settings = about.pop("settings")
+    return {"digest": prompts.digest, "task": prompts.task, "style": prompts.style, **about, "seed": seed, "settings": settings,
+            "filters": [f.describe() for f in filters], "prompts": prompts.groups}
 
 
 def _common_facts(identity: dict) -> dict:
@@ -214,16 +240,27 @@ def _cannot_fill(out, short: set[str], per_group: int, max_attempts: float) -> S
     report = rejection_report(out)
     reasons = report.columns.drop(["made", "kept", "acceptance"])
     groups = []
+    named = {"refused": "the generator, which refused"}
     for g in sorted(short):
-        why = ", ".join(f"{name} {report[name][g]}" for name in reasons if report[name][g])
+        why = ", ".join(f"{named.get(name, name)} {report[name][g]}" for name in reasons if report[name][g])
         groups.append(f"group {g} kept {report.kept[g]} of {report.made[g]} made, turned down by {why}")
     return SynthesisError(f"{out}: {per_group} images a group cannot be had at {max_attempts:g} attempts each: {'; '.join(groups)}; "
                           "lower the threshold, better the prompts, or allow more max_attempts (what was made is kept)")
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #c2bf715b
+@contextlib.contextmanager
+def _drawing(pipe, config: SynthesisConfig, folder: Journal, slots: Slots):
+    "What renders jobs."
+    if hasattr(pipe, "session"):
+        with pipe.session(config, folder, slots) as batches:
+            yield batches
+    else:
+        yield _Batches(pipe, call_arguments(pipe, config), config.batch_size)
+
+# %% ../../nbs/08_synthesis/06_rendering.ipynb #7f5542d5
 def synthesize(
     prompts,  # a prompt set, a task's name, a JSON file, or {"1_0": [prompt, ...], ...}
-    *, generator="bundled",  # see `load_generator`, or a diffusers text-to-image pipeline
+    *, generator="bundled",  # see `load_generator`, "openai:MODEL", a diffusers text-to-image pipeline, or an `ImageServer`
     per_group: int,  # images wanted of each group
     out,  # folder of the set
     seed: int = 0,
@@ -243,22 +280,26 @@ def synthesize(
     prompts, filters, shard = as_group_prompts(prompts, style), check_filters(filters), parse_shard(shard)
     if per_group < 1:
         raise SynthesisError(f"per_group is {per_group}; expected 1 or more")
-    config = config or SynthesisConfig()
-    pipe = load_generator(generator, dtype=config.dtype, device=device) if isinstance(generator, (str, os.PathLike)) else generator
-    config = resolve_config(pipe, config)
-    arguments = call_arguments(pipe, config)
-    _warn_long(pipe, prompts)
-    with prepared(pipe, config):
+    pipe, config = generator, config or SynthesisConfig()
+    if isinstance(generator, (str, os.PathLike)):
+        pipe = other_generator(generator) or load_generator(generator, dtype=config.dtype, device=device)
+    if local := not hasattr(pipe, "session"):
+        config = resolve_config(pipe, config)
+        call_arguments(pipe, config)
+        _warn_long(pipe, prompts)
+    with prepared(pipe, config) if local else contextlib.nullcontext():
         identity = _identity(prompts, pipe, config, seed, filters)
         slots = Slots(prompts, per_group, seed, shard, _common_facts(identity))
         folder = Journal(out, shard)
         folder.claim(identity)
-        with folder.own_shard():
-            short = _fill(folder, slots, _Batches(pipe, arguments, config.batch_size), config.resize, filters, max_attempts, progress)
+        with folder.own_shard(), _drawing(pipe, config, folder, slots) as batches:
+            short = _fill(folder, slots, batches, config.resize, filters, max_attempts, progress)
     manifest = folder.merge(prompts.groups)
     if short:
         raise _cannot_fill(out, short, per_group, max_attempts)
-    return manifest[manifest["index"] < per_group].reset_index(drop=True)
+    manifest = manifest[manifest["index"] < per_group].reset_index(drop=True)
+    manifest.attrs |= {"cost": pipe.cost} if not local else {}
+    return manifest
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #277cb9f4
 def image_grid(

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..core import digest
 from ..groups import parse_group
@@ -108,6 +108,7 @@ class Slots:
     seed: int
     shard: tuple[int, int]
     facts: dict  # what the records of all images have in common
+    refused: set[tuple[str, int]] = field(default_factory=set)  # (group, prompt index): prompts that a generator will not draw
 
     def wanted(self) -> list[tuple[str, int]]:
         "(group, index) of every image of this shard, all groups side by side."
@@ -123,6 +124,14 @@ class Slots:
         return {"file": f"{group}/{index + 1:06d}.png", "target": target, "protected": protected, "group": group, "index": index,
                 "attempt": attempt, "prompt": texts[j], "prompt_index": j,
                 "seed": image_seed(digest, group, index, attempt=attempt, seed=self.seed), **self.facts}
+
+    def possible(self, attempt: int, index: int, group: str) -> tuple[int, int, str] | None:
+        "This attempt, or the next whose prompt was not refused; None where all prompts of the group were."
+        n = len(self.prompts.groups[group])
+        for a in range(attempt, attempt + n):
+            if (group, prompt_index(self.prompts.digest, group, n, index, attempt=a, seed=self.seed)) not in self.refused:
+                return a, index, group
+        return None
 
     def pending(self, records: Iterable[dict]) -> list[tuple[int, int, str]]:
         "(attempt, index, group) of what is missing, in the order it is made: first attempts first."
