@@ -257,6 +257,7 @@ def prompts_write(
     backend: Annotated[str, option("NAME", "grammar, transformers or openai")] = "grammar",
     model: Annotated[str | None, option("NAME", "transformers: smollm2, hub id, folder or .gguf file; openai: the server's name")] = None,
     base_url: Annotated[str | None, option("URL", "openai: the server; by default OPENAI_BASE_URL")] = None,
+    max_tokens: Annotated[int | None, option("N", "length of an answer; raise it for models that think aloud", min=1)] = None,
     per_group: Annotated[int, option("N", "prompts of each group", min=1)] = 50,
     seed: Seed = 0,
     matched: Annotated[bool, typer.Option("--matched/--no-matched", help="give every group the same contexts")] = True,
@@ -269,8 +270,8 @@ def prompts_write(
     """
     require(out=out)
     from aimfair import prompts
-    written = prompts.write_file(out, task, style, backend=prompts.get_backend(backend, model, base_url), per_group=per_group, seed=seed,
-                                 matched=matched, budget=budget, progress=backend != "grammar")
+    written = prompts.write_file(out, task, style, backend=prompts.get_backend(backend, model, base_url, max_tokens),
+                                 per_group=per_group, seed=seed, matched=matched, budget=budget, progress=backend != "grammar")
     typer.echo(f"{out}: {written!r}")
 
 # %% ../../nbs/19_cli/03_commands.ipynb #0d6d6c20
@@ -294,11 +295,26 @@ def _image_filter(text, device):
     return synthesis.text_image_agreement(*([model] if model else []), threshold=threshold, device=device)
 
 # %% ../../nbs/19_cli/03_commands.ipynb #f61032ce
+def _image_server(generator, **options):
+    "The generator that --generator names: openai:MODEL is a server, which alone has these options."
+    from aimfair import synthesis
+    kind, _, model = generator.partition(":")
+    if kind == "openai":
+        return synthesis.ImageServer(model, **options)
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ValueError(f"--{given[0].replace('_', '-')} is for an images server: --generator openai:MODEL")
+    return generator
+
+# %% ../../nbs/19_cli/03_commands.ipynb #11eded6b
 @app.command()
 def synthesize(
     prompts: Annotated[str | None, option("TASK|FILE", "frozen task, such as toy-smiling-male, or a JSON file  [required]")] = None,
     style: Style = "contextual-pose",
-    generator: Generator = "bundled",
+    generator: Annotated[str, option("NAME|FOLDER", "bundled, a diffusers pipeline folder, a hub id, or openai:MODEL of an images server")
+                         ] = "bundled",
+    base_url: Annotated[str | None, option("URL", "openai:MODEL only: the server; by default OPENAI_BASE_URL")] = None,
+    budget: Annotated[int | None, option("N", "openai:MODEL only: images that may be paid for, in all", min=1)] = None,
+    price: Annotated[float | None, option("X", "openai:MODEL only: price of an image, for the bill", min=0)] = None,
     per_group: Annotated[int | None, option("N", "images of each group  [required]", min=1)] = None,
     out: Annotated[Path | None, option("FOLDER", "folder of the set  [required]", file_okay=False)] = None,
     steps: Annotated[int | None, option("N", "denoising steps; by default what the generator recommends", min=1)] = None,
@@ -308,7 +324,7 @@ def synthesize(
     size: Annotated[int | None, option("N", "pixels of a side to render at; by default the generator's own", min=8)] = None,
     resize: Annotated[int | None, option("N", "pixels of a side to store; by default as rendered", min=8)] = None,
     dtype: Annotated[str | None, option("NAME", "float32, float16 or bfloat16")] = None,
-    batch_size: Annotated[int, option("N", "images at a time; halved where memory runs out", min=1)] = 16,
+    batch_size: Annotated[int | None, option("N", "images at a time; by default 16, of a server 4; fewer if memory ends", min=1)] = None,
     seed: Annotated[int, option("N", "of the set")] = 0,
     filters: Annotated[list[str] | None, option("KIND=X", "distinct=0.02, or agreement=0.25@CLIP; may be repeated", "--filter")] = None,
     max_attempts: Annotated[int, option("N", "images made for each one wanted, per group, at most", min=1)] = 10,
@@ -318,20 +334,24 @@ def synthesize(
     """Render a prompt set into labelled images.
 
     Writes FOLDER/T_P/000001.png and so on, and FOLDER/manifest.parquet. Images that are there are never made again, overwritten or
-    deleted: repeat the command to go on after an interruption, or with a larger --per-group to make the set grow.
+    deleted: repeat the command to go on after an interruption, or with a larger --per-group to make the set grow. With --generator
+    openai:MODEL a server draws, with the key in OPENAI_API_KEY, and FOLDER/cost.json says what was paid for.
     """
     require(prompts=prompts, per_group=per_group, out=out)
     from aimfair import synthesis
     settings = {"steps": steps, "guidance_scale": guidance, "negative_prompt": negative_prompt, "scheduler": scheduler, "size": size,
                 "resize": resize, "dtype": dtype, "batch_size": batch_size}
     config = synthesis.make_config(**settings)
+    generator = _image_server(generator, base_url=base_url, budget=budget, price=price)
     rows = synthesis.synthesize(prompts, generator=generator, per_group=per_group, out=out, seed=seed, config=config, style=style,
                                 filters=[_image_filter(text, device) for text in filters or []], max_attempts=max_attempts,
                                 shard=synthesis.parse_shard(shard), device=device)
     counts = rows.groupby("group").size()
     typer.echo(f"{out}: {len(rows)} images: {', '.join(f'{n} of {group}' for group, n in counts.items())}")
+    if "cost" in rows.attrs:
+        typer.echo(synthesis.cost_in_words(rows.attrs["cost"]))
     report = synthesis.rejection_report(out)
-    if report.made["all"] > report.kept["all"]:
+    if report.made["all"] > report.kept["all"] or "refused" in report:
         typer.echo(report.to_string())
 
 # %% ../../nbs/19_cli/03_commands.ipynb #b7fd3ced
