@@ -21,8 +21,9 @@ from torch import nn
 
 from ..core import digest, unknown, whole_file, whole_folder, write_whole
 from ..device import pick_device
-from ..groups import Group, group_name, parse_majority
+from ..groups import Group, Names, group_name, parse_majority
 from ..data import Faces
+from ..data.reading import TOGETHER
 from ..models import IMAGENET, Pixels, check_model, class_names_of, copy_model, origin_of, pixels_of, save_model
 from ..training import Fitted, TrainConfig, movable_tensors, predict
 from ..sensitivity import Gradients, gradient_pass, paper_k, select_parameters, sensitivity_table
@@ -95,7 +96,8 @@ class Debiased:
         "Write the files one by one into a folder that is there."
         save_model(self.model, folder)
         write_whole(folder / "README.md", model_card(self.report, class_names_of(self.model), hasattr(self.model, "save_pretrained")))
-        write_whole(folder / "mask.json", self.mask)
+        words = {name: self.report.setup.get(name, []) for name in ("classes", "groups")}
+        write_whole(folder / "mask.json", {**words, "tensors": self.mask})
         write_whole(folder / "report.json", self.report.to_dict())
         write_whole(folder / "report.md", "# Before and after\n\n" + self.report._repr_markdown_())
         self.history.to_csv(folder / "history.csv", lineterminator="\n")
@@ -186,7 +188,7 @@ def _check_options(aim):
 def _draw_sets(aim, model, images, device):
     "(D_R, D_S1 and D_S2 by name; the frequent groups; the biased model's accuracy by group)."
     scores = group_scores(predict(model, images.pool, device=device, precision=aim.config.precision))
-    majority = find_majority(scores) if aim.majority is None else parse_majority(aim.majority, images.groups)
+    majority = find_majority(scores) if aim.majority is None else parse_majority(aim.majority, images.groups, images.names)
     d_s1, d_s2 = synthetic_sets(images.pool, majority, bias=aim.bias, at_most=len(images.real), per_group=aim.per_group)
     return {"real": images.real, "synthetic_biased": d_s1, "synthetic_balanced": d_s2}, majority, scores.accuracy
 
@@ -243,6 +245,17 @@ def _counts(sets, images):
     return {name: len(faces) for name, faces in found.items()}
 
 
+def _words_of(images):
+    "The groups' names and, where there are words, what they are called in a sentence, and the classes in the order of the outputs."
+    names = images.names
+    values = range(max([len(names.protected or ()), *(p + 1 for _, p in images.groups)]))
+    titles = {group_name((t, p), names): names.title((t, p)) for t in range(images.n_classes) for p in values} if names != Names() else {}
+    for place, _ in enumerate(names.attributes):
+        alone = Names(names.target, tuple(dict.fromkeys(word.split(TOGETHER)[place] for word in names.protected)))
+        titles |= {group_name((t, p), alone): alone.title((t, p)) for t in range(images.n_classes) for p in range(len(alone.protected))}
+    return {"groups": [group_name(g, names) for g in images.groups], "titles": titles, "classes": list(names.target or ())}
+
+
 def _setup(aim, images, sets, majority, accuracy, tuned):
     "The facts of a run, as plain values."
     batch = {"gradient_batch_size": aim.gradient_batch_size} if aim.strategy == "selective" else {}
@@ -251,10 +264,11 @@ def _setup(aim, images, sets, majority, accuracy, tuned):
             "per_group": aim.per_group, "seed": aim.seed, "freeze_batchnorm": aim.freeze_batchnorm,
             "average": aim.average, "mix": aim.mix,
             "config": json.loads(aim.config.model_dump_json()), "image_size": list(images.real.size), "images": _counts(sets, images),
-            "groups": list(map(group_name, images.groups)), "held_out": images.held_out_was,
+            **_words_of(images), "held_out": images.held_out_was,
             "held_out_prompts": images.prompts_apart,
-            "majority": list(map(group_name, majority.items())), "majority_source": "model" if aim.majority is None else "given",
-            "synthetic_accuracy_by_group": {group_name(g): float(a) for g, a in accuracy.items()}, **batch,
+            "majority": [group_name(g, images.names) for g in majority.items()],
+            "majority_source": "model" if aim.majority is None else "given",
+            "synthetic_accuracy_by_group": {group_name(g, images.names): float(a) for g, a in accuracy.items()}, **batch,
             "updated": len(tuned.updated), "best_epoch": tuned.fitted.best_epoch}
 
 # %% ../../nbs/14_pipeline/03_method.ipynb #3996e648
@@ -318,7 +332,7 @@ def _report(aim, model, sets, images, majority, accuracy, tuned, device) -> Befo
     "Measure both models on all sets that can be measured, and say what was done."
     measured = {"validation": images.val, "synthetic": images.held_out} | ({} if images.test is None else {"test": images.test})
     figures = compare_predictions({name: tuple(predict(m, faces, device=device, precision=aim.config.precision)
-                                               for m in (model, tuned.fitted.model)) for name, faces in measured.items()})
+                                               for m in (model, tuned.fitted.model)) for name, faces in measured.items()}, images.names)
     before = figures.loc[("validation", "accuracy"), "before"]
     notes = [*_batch_notes(aim, sets), *_chance_note(images.val, before), *_unchanged_note(tuned.choice)]
     return BeforeAfter(figures, _setup(aim, images, sets, majority, accuracy, tuned), notes, tuned.choice)
@@ -327,7 +341,7 @@ def _report(aim, model, sets, images, majority, accuracy, tuned, device) -> Befo
 def _identity(aim, images):
     "What makes two runs the same run: plain values."
     names = ("k", "bias", "per_group", "gradient_batch_size", "strategy", "freeze_batchnorm", "tolerance", "average", "mix", "seed")
-    majority = None if aim.majority is None else parse_majority(aim.majority, images.groups)
+    majority = None if aim.majority is None else parse_majority(aim.majority, images.groups, images.names)
     faces = [_faces_digest(images.real), _faces_digest(images.pool, groups=True), _faces_digest(images.held_out, groups=True),
              _faces_digest(images.val)]
     normalisation = [list(aim.mean or ()), list(aim.std or ())]
@@ -356,6 +370,8 @@ class AIMFair:
     mix: float | None = None  # share of real images in the batches of fine-tuning, between 0 and 1; None, as in the paper: none
     mean: tuple[float, ...] | None = None  # with std: the model's normalisation of pixels in [0, 1]; None: as `pixels_of` knows, or [-1, 1]
     std: tuple[float, ...] | None = None
+    classes: Iterable[str] | str | None = None  # words of the classes, in the order of the outputs; None: as the model or the images have it
+    groups: Iterable[str] | str | None = None  # words of the protected values, in the order of their numbers; None: as the images have it
     seed: int = 0
     device: str | None = None  # None picks the best there is
     progress: bool = True  # show progress bars
@@ -375,7 +391,8 @@ class AIMFair:
     ) -> Debiased:
         "Find the bias, rank the tensors, fine-tune the masked ones and compare. Raises `ValueError` for input that cannot work."
         auto = self.k == "auto" and self.strategy == "selective"
-        images = gather_images(real, synthetic, val, test, held_out, auto, prompts)
+        images = gather_images(real, synthetic, val, test, held_out, auto, prompts, classes=self.classes, groups=self.groups,
+                               own=class_names_of(self.model))
         device = pick_device(self.device)
         pixels = pixels_of(self.model, self.mean, self.std)
         ready = adapt(self.model, images.real, images.n_classes, pixels, device)
