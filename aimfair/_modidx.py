@@ -647,6 +647,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                 'aimfair/models/weights.py'),
                                         'aimfair.models.weights._other_kind': ( '09_models/weights.html#_other_kind',
                                                                                 'aimfair/models/weights.py'),
+                                        'aimfair.models.weights._plain': ('09_models/weights.html#_plain', 'aimfair/models/weights.py'),
                                         'aimfair.models.weights._prefixes': ( '09_models/weights.html#_prefixes',
                                                                               'aimfair/models/weights.py'),
                                         'aimfair.models.weights._state_dicts': ( '09_models/weights.html#_state_dicts',
