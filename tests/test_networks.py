@@ -215,6 +215,24 @@ def test_a_folder_of_timms(tmp_path):
     assert pixels_of(found).mean == (0.1, 0.2, 0.3) and image_size(found) == 96
 
 
+def test_no_code_of_a_folder_is_run(folder, tmp_path):
+    place = folder("vit")
+    config = json.loads((place / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForImageClassification": "own.Own"}
+    (place / "config.json").write_text(json.dumps({**config, "model_type": "its-own", "auto_map": names}))
+    (place / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(WeightsError, match="not an image classifier that transformers can load") as caught:
+        model_from(str(place))
+    assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
+
+
+def test_a_folder_that_is_called_like_a_network_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("toy_resnet18").mkdir()
+    torch.save(narrow_resnet18().state_dict(), "toy_resnet18/last.pt")
+    assert type(model_from("toy_resnet18", "toy_resnet18/last.pt")).__name__ == "NarrowResNet18"
+
+
 # --- hard to copy or to train
 
 
@@ -391,6 +409,20 @@ def test_networks_that_cannot_be_trained_are_refused_in_a_line(case):
     with pytest.raises(ValueError, match=message) as caught:
         fit(build())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", ["compiled", "compiled inside", "parallel", "compiled and parallel"])
+def test_weights_of_plain_and_wrapped_networks_fit_either(case, tmp_path, monkeypatch):
+    for name, model in (("plain", net()), ("wrapped", HARD[case]())):
+        torch.save({n: v + 1 for n, v in model.state_dict().items()}, tmp_path / f"{name}.pt")  # not as they are made
+    expected = [v + 1 for v in net().state_dict().values()]
+    code = ["from test_networks import HARD, net", f"def wrapped(): return HARD[{case!r}]()", "def plain(): return net()", ""]
+    (tmp_path / "nets.py").write_text("\n".join(code))
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    for spec in ("wrapped", "plain"):
+        for weights in ("plain", "wrapped"):
+            found = model_from(f"{tmp_path}/nets.py:{spec}", tmp_path / f"{weights}.pt")
+            assert all(map(torch.equal, found.state_dict().values(), expected))
 
 
 def test_lazy_layers_are_trained_once_they_have_weights(tmp_path):

@@ -49,8 +49,11 @@ IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what most net
 def _processed(processor, colour):
     "The middle pixel of a square of one colour, and the size that it comes out with."
     from PIL import Image
-    out = processor(images=Image.new("RGB", (500, 500), colour), return_tensors="np")["pixel_values"]
-    out = np.asarray(out, np.float64).reshape(-1, *np.shape(out)[-3:])[0]
+    try:
+        out = processor(images=Image.new("RGB", (500, 500), colour), return_tensors="np")["pixel_values"]
+        out = np.asarray(out, np.float64).reshape(-1, *np.shape(out)[-3:])[0]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{type(processor).__name__} does not make one picture of one; give mean and std, and a size") from error
     return out[:, out.shape[1] // 2, out.shape[2] // 2], out.shape
 
 

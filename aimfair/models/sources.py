@@ -129,7 +129,7 @@ def _user_function(spec) -> Callable:
 # %% ../../nbs/09_models/05_sources.ipynb #53eba17f
 def _from_pretrained(kind, where):
     "What one of transformers' Auto classes makes of a folder or a hub id: the one that was fetched before, or else from the network."
-    extra = {"output_loading_info": True} if "Model" in kind.__name__ else {}
+    extra = {"trust_remote_code": False} | ({"output_loading_info": True} if "Model" in kind.__name__ else {})
     if Path(where).is_dir():
         return kind.from_pretrained(where, **extra)
     try:
@@ -201,7 +201,8 @@ def _model_named(spec, weights):
     "A model by its name."
     if spec.startswith("hf/"):
         return _huggingface(spec.removeprefix("hf/"), weights)
-    if Path(spec).expanduser().is_dir():
+    folder = Path(spec).expanduser()
+    if folder.is_dir() and (Path(folder, "config.json").is_file() or folder.name != spec):  # another folder may be called resnet18
         return _huggingface(spec, weights)
     return _named_model(spec, weights)
 

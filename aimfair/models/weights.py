@@ -133,6 +133,13 @@ def read_weights(
 _INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
 
 
+def _plain(name):
+    "A tensor's name without what wrappers put in between."
+    for word in _INSIDE:
+        name = name.replace(word, "")
+    return name
+
+
 def _prefixes(state):
     "What names may begin with, and how many do."
     return Counter(".".join(parts[:i]) + "." for parts in (k.split(".") for k in state) for i in range(1, len(parts)))
@@ -156,13 +163,13 @@ def renamed(
     own: Iterable[str],  # names of a model's tensors
 ) -> dict[str, torch.Tensor]:  # without what has another prefix, such as a loss's tensors
     "A state dict with a model's own names: without, or with, what wrappers put before all of them. Raises `WeightsError`."
-    for word in _INSIDE:
-        state = {k.replace(word, ""): v for k, v in state.items()}
-    own = set(own)
+    state, back = {_plain(k): v for k, v in state.items()}, {_plain(k): k for k in own}  # the model may be wrapped, too
+    own = set(back)
     best = _best_prefix(state, own)
     state = {k[len(best):]: v for k, v in state.items() if k.startswith(best)}
     whole = max((p for p, n in _prefixes(own).items() if n == len(own)), key=len, default="")  # the model is the wrapper
-    return {whole + k: v for k, v in state.items()} if whole and not own & state.keys() else state
+    whole = whole if not own & state.keys() else ""
+    return {back.get(whole + k, whole + k): v for k, v in state.items()}
 
 # %% ../../nbs/09_models/02_weights.ipynb #9422e2d7
 def load_weights(
