@@ -2140,6 +2140,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                        'aimfair/synthesis/servers.py'),
                                            'aimfair.synthesis.servers.ImageSession.__call__': ( '08_synthesis/servers.html#imagesession.__call__',
                                                                                                 'aimfair/synthesis/servers.py'),
+                                           'aimfair.synthesis.servers.NoImage': ( '08_synthesis/servers.html#noimage',
+                                                                                  'aimfair/synthesis/servers.py'),
                                            'aimfair.synthesis.servers.Paid': ( '08_synthesis/servers.html#paid',
                                                                                'aimfair/synthesis/servers.py'),
                                            'aimfair.synthesis.servers.Paid.count': ( '08_synthesis/servers.html#paid.count',
