@@ -48,6 +48,7 @@ class Studio(ThreadingHTTPServer):
         self.lost, self.pause, self.revise = lost, pause, revise
         self.asked, self.drawn, self.at_once, self.most, self.lock, self.files = [], [], 0, 0, threading.Lock(), {}
         self.headers_of_fetches = []
+        _pipe()  # before anybody waits for it
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -111,9 +112,11 @@ class Handler(BaseHTTPRequestHandler):
         s = self.server
         time.sleep(s.pause)
         if fault == "hang":
-            return time.sleep(3)
+            return time.sleep(5)
         if fault == "drop":
             return self.connection.close()
+        if fault == "malformed":
+            return self.send(200, b'{"created": 0, "data": [{"b64_js')
         if isinstance(fault, int):
             return self.send(fault, {"error": {"message": f"no, {self.headers['Authorization']}"}})
         if self.path != "/v1/images/generations":
@@ -222,9 +225,9 @@ def test_addresses_are_fetched_without_the_key_and_again_where_they_fail(tmp_pat
 
 
 def test_a_server_that_fails_now_and_then(tmp_path, capfd):
-    studio = Studio(faults=[429, 500, "drop", 503, "hang", 502, 429])
-    made, _ = make(studio, tmp_path, timeout=1, max_retries=8)
-    assert len(made) == 8 and not studio.faults
+    studio = Studio(faults=[429, 500, "drop", 503, "malformed", "hang", 502, 429])
+    made, _ = make(studio, tmp_path, timeout=3, max_retries=8)
+    assert len(made) == 8 and not studio.faults and made.attrs["cost"]["images"] == 9 and made.attrs["cost"]["lost"] == 1
     drawn = Counter((body["prompt"], body["seed"]) for body in studio.drawn)
     assert len(drawn) == 8 and set(drawn.values()) == {1}
     for place in (*capfd.readouterr(), *(f.read_text(errors="replace") for f in tmp_path.rglob("*") if f.is_file())):
@@ -252,6 +255,17 @@ def test_an_answer_that_is_no_image(tmp_path):
     studio = Broken()
     made, _ = make(studio, tmp_path, per_group=1, price=0.5)
     assert len(made) == 4 and made.attrs["cost"] == {"images": 6, "lost": 2, "price": 0.5, "cost": 3.0}
+
+
+@pytest.mark.parametrize("reply, words", [
+    ({"created": 0, "data": []}, "sent no image"), ({"choices": []}, "sent no image"),
+    ({"data": [{"url": "file:///etc/passwd"}]}, "no web address")])
+def test_a_server_without_images(tmp_path, reply, words, monkeypatch):
+    monkeypatch.setattr(Handler, "answer", lambda self, body, fault: self.send(200, reply))
+    studio = Studio()
+    with pytest.raises(SynthesisError, match=words) as error:
+        make(studio, tmp_path)
+    assert "\n" not in str(error.value) and len(studio.asked) == 3
 
 
 def test_other_prompts_take_the_place_of_refused_ones(tmp_path):

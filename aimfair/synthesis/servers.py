@@ -204,6 +204,10 @@ def warn_refused(job: dict, error: ServerError) -> None:
     warnings.warn(told, UserWarning, stacklevel=2)
 
 # %% ../../nbs/08_synthesis/09_servers.ipynb #aa96e92b
+class NoImage(SynthesisError):
+    "An answer without an image, that may have been charged."
+
+
 class ImageDialogue:
     "Asks a server for images, one at a time; from several threads if need be."
 
@@ -226,7 +230,8 @@ class ImageDialogue:
             self.paid.forget(job)
             raise SynthesisError(str(error)) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise SynthesisError(f"{self.server.base_url} sent no image ({error}); is it an images server?") from None
+            self.paid.lose(job)
+            raise NoImage(f"{self.server.base_url} sent no image ({error}); is it an images server?") from None
         self.paid.take(job, *got)
         return got
 
@@ -239,7 +244,11 @@ def drawn(
     "The image of a job: what is on the disk, or the server's answer. Raises `SynthesisError`."
     from PIL import ImageOps
     for _ in range(3):  # an image may be none, and its address lead nowhere
-        got = asking.paid.got(job) or asking.ask(job)
+        try:
+            got = asking.paid.got(job) or asking.ask(job)
+        except NoImage as problem:
+            error = problem
+            continue
         if got is None:
             return job, None
         try:
