@@ -128,7 +128,7 @@ def _shared_words(kind, found, fixed, given, option):
     if {plain(w) for words in named.values() for w in words} - set(map(plain, base)):  # no source has all words
         base = in_order(w for words in named.values() for w in words)
     base = tuple(given) if given is not None else _fixed_words(kind, own, option) if own else base
-    if given is None and not own and (numbers := [source for source in found if source not in named]):
+    if given is None and not own and (numbers := [source for source, words in found.items() if words is None]):
         raise DataError(f"{numbers[0]} has numbers for its {kind}, {next(iter(named))} has the words {', '.join(base)}; "
                         f"say in which order they are numbered: {option}")
     _checked_words(f"{kind[:-1] if kind != 'classes' else 'class'}", named, base)
@@ -146,7 +146,7 @@ def _given_words(words, what):
 
 # %% ../nbs/02_groups.ipynb #dfde6d52
 def shared_names(
-    found: Mapping[str, Names],  # by what the sources are called in an error, such as "real"
+    found: Mapping[str, Names],  # by what the sources are called in an error, such as "real"; () instead of None: has no such labels
     *, classes: Iterable[str] | str | None = None,  # the classes in the order of the model's outputs; None: as the sources have it
     groups: Iterable[str] | str | None = None,  # the protected values in the order of their numbers, likewise
 ) -> Names:

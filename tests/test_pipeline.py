@@ -544,7 +544,7 @@ def test_mistakes_met_on_the_way(network, small):
         AIMFair(odd_net(1000), **RUN).fit(**small)
     with pytest.raises(ValueError, match="does not work on images of 32 x 32: "):
         AIMFair(vision_transformer(), **RUN).fit(**small)
-    with pytest.raises(ValueError, match="a group that the synthetic images lack"):
+    with pytest.raises(ValueError, match="a group that the images lack"):
         AIMFair(network, majority="0_1,1_2", **RUN).fit(**small)
     with pytest.raises(DataError, match="too small for bias 0.001"):
         AIMFair(network, bias=0.001, **RUN).fit(**small)

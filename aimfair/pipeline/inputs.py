@@ -7,7 +7,7 @@ __all__ = ['MIN_GROUP', 'MIN_GROUP_AUTO', 'group_scores', 'find_majority', 'synt
            'prompts_in', 'gather_images']
 
 # %% ../../nbs/14_pipeline/01_inputs.ipynb #a18866d3
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -171,15 +171,13 @@ def in_one_language(
     own: list[str] | None = None,  # the model's words for its classes
 ) -> tuple[dict[str, Faces | None], Names]:
     "Images whose classes and groups are numbered alike, and the words. Raises `DataError`."
-    faces = {name: f for name, f in given.items() if isinstance(f, Faces)}
-    found = {name: names_of(f) for name, f in faces.items()}
-    for name in found.keys() & {"real", "val"}:  # nobody's group is looked at
-        found[name] = Names(found[name].target, fixed=found[name].fixed)
+    faces = {name: f.without_groups() if name in ("real", "val") else f  # nobody's group is looked at
+             for name, f in given.items() if isinstance(f, Faces)}
+    found = {name: names_of(f) if f.protected is not None else replace(names_of(f), protected=()) for name, f in faces.items()}
     known = {plain(w) for names in found.values() for w in names.target or ()}
     if classes is None and own and known == set(map(plain, own)):
         classes = own
-    names = shared_names({n: f for n, f in found.items() if faces[n].protected is not None or n in ("real", "val")} | found,
-                         classes=classes, groups=groups)
+    names = shared_names(found, classes=classes, groups=groups)
     if names == Names(fixed=True):
         return dict(given), Names()
     return given | {name: recoded(f, names) for name, f in faces.items()}, names
