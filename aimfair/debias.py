@@ -28,7 +28,7 @@ def _table_digest(table):
 def _model_name(spec):
     "A model's name; for a function in a file, or a folder, its name and the contents."
     folder = Path(str(spec).removeprefix("hf/")).expanduser()
-    if folder.is_dir():
+    if Path(folder, "config.json").is_file():
         return f"a folder {file_digest(folder)}"
     where, _, name = str(spec).rpartition(":")
     return f"{name} in a file {file_digest(where)}" if where.endswith(".py") and Path(where).is_file() else str(spec)

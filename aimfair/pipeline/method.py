@@ -306,8 +306,11 @@ def _pixels_note(aim, ready, pixels, images, device):
     if pixels.source == "given" or len(some) < 20:
         return []
     other = _other_pixels(pixels)
-    models = ready.model, adapt(aim.model, some, images.n_classes, other, device).model
-    right, better = (right_answers(m, some, device=device, precision=aim.config.precision) for m in models)
+    try:
+        changed = adapt(aim.model, some, images.n_classes, other, device).model
+    except ValueError:  # it can't work so
+        return []
+    right, better = (right_answers(m, some, device=device, precision=aim.config.precision) for m in (ready.model, changed))
     gain = accuracy_change(better, right)
     if gain["val_change"] < max(0.05, 3 * gain["val_change_se"]):
         return []
