@@ -78,8 +78,9 @@ class Names:
     def agrees(
         self, other: "Names",
     ) -> bool:
-        "Whether the same numbers may have both words: what both share stands at the same places, as in 'not Male, Male' and 'female, male'."
-        return all(agree(mine, theirs) for mine, theirs in ((self.target, other.target), (self.protected, other.protected)) if mine and theirs)
+        "Whether the same numbers may have both words, as those of 'not Male, Male' and 'female, male'."
+        pairs = (self.target, other.target), (self.protected, other.protected)
+        return all(agree(mine, theirs) for mine, theirs in pairs if mine and theirs)
 
 # %% ../nbs/02_groups.ipynb #8c4659ff
 def group_name(
@@ -146,7 +147,7 @@ def _shared_words(kind, found, fixed, given, option):
     if given is None and not own and (numbers := [source for source, words in found.items() if words is None]):
         raise DataError(f"{numbers[0]} has numbers for its {kind}, {next(iter(named))} has the words {', '.join(base)}; "
                         f"say in which order they are numbered: {option}")
-    _checked_words({"classes": "class", "groups": "group"}[kind], {s: w for s, w in named.items() if s not in own or given is not None}, base)
+    _checked_words({"classes": "class", "groups": "group"}[kind], {s: w for s, w in named.items() if given or s not in own}, base)
     return base
 
 # %% ../nbs/02_groups.ipynb #94eed1cd
@@ -371,7 +372,8 @@ def biased_split(
     rows = table[table["split"] == "train"] if "split" in table else table
     targets, values = (sorted({0, 1, *rows.loc[rows["protected"] >= 0, kind]}) for kind in ("target", "protected"))
     groups = [(t, p) for t in targets for p in values]
-    rule = {"groups": groups, "majority": parse_majority(default_majority(groups) if majority is None else majority, groups, names_of(table))}
+    majority = default_majority(groups) if majority is None else parse_majority(majority, groups, names_of(table))
+    rule = {"groups": groups, "majority": majority}
     _check_bias(n, bias, **rule)
     _check_available(table, dict.fromkeys(groups, 0) | group_sizes(rows), n, bias, rule)
     return take_groups(rows, biased_counts(n, bias, **rule))

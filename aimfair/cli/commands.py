@@ -83,7 +83,7 @@ def data_split(
     target, protected = target or _ATTRIBUTES[dataset][0], protected or _ATTRIBUTES[dataset][1]
     table = _part(_face_table(dataset, root, available_only, csv, image, bins, target=target, protected=protected), split, root)
     rows = biased_split(table, n=n, bias=bias, majority=majority)
-    write_split(rows, out, target if dataset == "folder" else "target", protected if dataset == "folder" else "protected")
+    write_split(rows, out, "target", "protected")
     names, unknown = names_of(rows), int((table["protected"] < 0).sum())
     cells = ", ".join(f"{n} of ({', '.join(names.words(g))})" for g, n in group_sizes(rows).items())
     typer.echo(f"{out}: {len(rows)} images by ({target}, {protected}): {cells}")
@@ -210,10 +210,10 @@ def debias(
                                            "guessed")] = None,
     image: Annotated[str | None, option("NAME", "of a CSV: column with the file names; by default image, file or the like")] = None,
     target: Annotated[str | None, option("NAME", "of a CSV: column with the class; by default target, label or class")] = None,
-    protected: Annotated[str | None, option("NAME,...", "of a CSV: column with the group, or several; by default protected or group")] = None,
+    protected: Annotated[str | None, option("NAME,...", "of a CSV: column with the group, or several; by default protected, group")] = None,
     bins: Annotated[dict | None, option("BINS", "classes of an amount, such as 'age: 0-17, 18-39, 40+'", parser=_bins)] = None,
-    classes: Annotated[str | None, option("A,B,...", "words of the classes, in the order of the model's outputs; by default as the model or "
-                                          "the images have it")] = None,
+    classes: Annotated[str | None, option("A,B,...", "words of the classes, in the order of the model's outputs; by default as the model "
+                                          "or the images have it")] = None,
     groups: Annotated[str | None, option("A,B,...", "words of the groups, in the order of their numbers, likewise")] = None,
     mean: Annotated[str | None, option("R,G,B", "the model's normalisation of pixels in [0, 1]; by default what timm or its "
                                         "image processor says, else it takes [-1, 1]",

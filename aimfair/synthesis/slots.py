@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, field
+from dataclasses import dataclass, field
 
 from ..core import digest
 from ..groups import parse_group
