@@ -10,13 +10,14 @@ __all__ = ['Group', 'Majority', 'PAPER_MAJORITY', 'PAPER_GROUPS', 'plain', 'agre
 
 # %% ../nbs/02_groups.ipynb #4f651d47
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from .core import DataError, unknown
+from .core import DataError, DataWarning, listed, unknown
 
 # %% ../nbs/02_groups.ipynb #4977ea2c
 def plain(word: str) -> str:
@@ -116,6 +117,15 @@ def with_names(
     return table
 
 # %% ../nbs/02_groups.ipynb #d6bfafd8
+def _check_related(kind, named):
+    "Raise for a source that shares no word with the first."
+    first = next(iter(named), None)
+    for source, words in named.items():
+        if not set(map(plain, words)) & set(map(plain, named[first])):
+            raise DataError(f"{source} has the {kind} {', '.join(words)}, {first} has {', '.join(named[first])}: "
+                            "is it the right column or folder?")
+
+
 def _checked_words(kind, found, base):
     "Raise for a word that the others do not have."
     known = {plain(word) for word in base}
@@ -137,6 +147,8 @@ def _fixed_words(kind, fixed, option):
 def _shared_words(kind, found, fixed, given, option):
     "One order of the words of all sources, or None where only numbers are known."
     named = {source: words for source, words in found.items() if words}
+    if kind == "classes" and given is None:
+        _check_related(kind, named)
     if given is None and not named:
         return None
     own = {source: words for source, words in named.items() if source in fixed}
@@ -259,9 +271,10 @@ def biased_counts(
     "Group counts of a set with this bias: as many images of every class, most of them in its majority group."
     counts, of_class = {}, n / len(majority)
     for t, frequent in majority.items():
-        rare = [g for g in groups if g[0] == t and g[1] != frequent]
+        rare = sorted(g for g in groups if g[0] == t and g[1] != frequent)
         many = round(of_class / (1 + len(rare) * bias))
-        counts |= {(t, frequent): many} | {g: (round(of_class) - many) // len(rare) for g in rare}
+        few, more = divmod(round(of_class) - many, max(len(rare), 1))  # the first ones have one more where it does not come out even
+        counts |= {(t, frequent): many} | {g: few + (i < more) for i, g in enumerate(rare)}
     return {g: counts[g] for g in sorted(counts)}
 
 # %% ../nbs/02_groups.ipynb #ef96da8e
@@ -279,6 +292,7 @@ def largest_biased_counts(
               for (t, p), n in available.items() if bias or majority[t] == p]
     n = int(min(limits if at_most is None else (at_most, *limits)))
     counts = biased_counts(n - n % len(majority), bias, majority=majority, groups=available)
+    counts = {g: min(n, available[g]) for g, n in counts.items()}
     if min(counts[t, p] for t, p in counts if bias or majority[t] == p) < 1:
         raise DataError(f"the pool is too small for bias {bias:.3g}: {max(counts.values())} images in a frequent group leave "
                         f"{min(counts.values())} in a rare one")
@@ -330,6 +344,11 @@ def default_majority(
     return {t: values[(i + 1) % len(values)] for i, t in enumerate(sorted({t for t, _ in groups}))}
 
 
+def _has_rare(counts, rule):
+    "Whether every class has an image outside of its frequent group."
+    return all(any(n for (t, p), n in counts.items() if t == of and p != frequent) for of, frequent in rule["majority"].items())
+
+
 def _check_bias(n, bias, **rule):
     n_classes = len(rule["majority"])
     if n < n_classes or n % n_classes:
@@ -337,14 +356,15 @@ def _check_bias(n, bias, **rule):
         raise DataError(f"n is {n}; expected {expected}")
     if not 0 <= bias <= 1:
         raise DataError(f"bias is {float(bias):g}; expected minority : majority in [0, 1], such as 1/9")
-    if bias > 0 and min(biased_counts(n, bias, **rule).values()) < 1:
+    if bias > 0 and not _has_rare(biased_counts(n, bias, **rule), rule):
         raise DataError(f"n is {n}; too few for a single minority image at bias {float(bias):g}")
 
 # %% ../nbs/02_groups.ipynb #b86de61a
 def _largest_split(available, n, bias, rule):
-    least, step = 1 if bias else 0, len(rule["majority"])  # images of a group
-    return next((m for m in range(n - n % step, step - 1, -step)
-                 if all(least <= wanted <= available[g] for g, wanted in biased_counts(m, bias, **rule).items())), 0)
+    step = len(rule["majority"])
+    sizes = ((m, biased_counts(m, bias, **rule)) for m in range(n - n % step, step - 1, -step))
+    return next((m for m, counts in sizes
+                 if all(wanted <= available[g] for g, wanted in counts.items()) and (not bias or _has_rare(counts, rule))), 0)
 
 
 def _check_available(table, available, n, bias, rule):
@@ -360,7 +380,7 @@ def _check_available(table, available, n, bias, rule):
 
 def biased_split(
     table: pd.DataFrame,  # face table; where it has splits, rows are drawn from train
-    *, n: int,  # size of the set, a multiple of the number of classes; with more than two groups, to within rounding
+    *, n: int,  # size of the set, a multiple of the number of classes
     bias: float = 1 / 9,  # minority : majority, in [0, 1]; 1 is balanced
     majority: Mapping[int, int] | Iterable[Group] | str | None = None,  # frequent group of each class; None: `default_majority`
 ) -> pd.DataFrame:  # n rows of the table, in file order
@@ -376,7 +396,10 @@ def biased_split(
     rule = {"groups": groups, "majority": majority}
     _check_bias(n, bias, **rule)
     _check_available(table, dict.fromkeys(groups, 0) | group_sizes(rows), n, bias, rule)
-    return take_groups(rows, biased_counts(n, bias, **rule))
+    counts = biased_counts(n, bias, **rule)
+    if bias and (without := [group_name(g, names_of(table)) for g, m in counts.items() if not m]):
+        warnings.warn(f"n is {n}, too few for all of {len(counts)} groups: none of {listed(without)}", DataWarning, stacklevel=2)
+    return take_groups(rows, counts)
 
 # %% ../nbs/02_groups.ipynb #cb763398
 def _last_prompts(

@@ -497,7 +497,7 @@ def tail(faces, n=200, **changes):
 
 MISTAKES = {
     "one group": (lambda s: {"synthetic": tail(s["synthetic"], protected=0 * s["synthetic"].protected)}, "1 value of the protected"),
-    "groups unknown": (lambda s: {"synthetic": s["synthetic"].without_groups()}, "no protected attribute"),
+    "groups unknown": (lambda s: {"synthetic": s["synthetic"].without_groups()}, "no groups"),
     "a small pool": (lambda s: {"synthetic": tail(s["synthetic"], 30)}, "at least 10 are needed"),
     "other sizes": (lambda s: {"real": sets(size=16)["real"]}, "real has images of 16 x 16, the synthetic ones are 32 x 32"),
     "targets out of range": (lambda s: {"val": tail(s["val"], target=s["val"].target[:200] * 2)}, "val has the target 2"),

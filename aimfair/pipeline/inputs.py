@@ -100,6 +100,9 @@ MIN_GROUP_AUTO = 50  # the same where k is chosen and nothing was put aside: 5 f
 
 def _check_pool(pool: Faces, auto: bool = False) -> list[Group]:  # the groups, all combinations
     "Raise unless the synthetic images can tell groups apart."
+    if pool.protected is None:
+        raise DataError("the synthetic images have no groups; expected a manifest, folders such as 1_0 or smiling_male, or in every "
+                        "class's folder the same folders of groups, such as smiling/male and calm/male")
     where = group_indices(pool)
     targets, values = (sorted({g[i] for g in where}) for i in (0, 1))
     for name, found in (("target", targets), ("protected attribute", values)):
@@ -174,7 +177,8 @@ def in_one_language(
 ) -> tuple[dict[str, Faces | None], Names]:
     "Images whose classes and groups are numbered alike, and the words. Raises `DataError`."
     faces = {name: f.without_groups() if name in ("real", "val") else f  # nobody's group is looked at
-             for name, f in given.items() if isinstance(f, Faces)}
+             for name, f in sorted(given.items(), key=lambda item: item[0] == "synthetic")  # words are spelt as those of photos
+             if isinstance(f, Faces)}
     found = {name: names_of(f) if f.protected is not None else replace(names_of(f), protected=()) for name, f in faces.items()}
     known = {plain(w) for names in found.values() for w in names.target or ()}
     if classes is None and own and known == set(map(plain, own)):

@@ -23,13 +23,12 @@ from ..core import digest, unknown, whole_file, whole_folder, write_whole
 from ..device import pick_device
 from ..groups import Group, Names, group_name, parse_majority
 from ..data import Faces
-from ..data.reading import TOGETHER
 from ..models import IMAGENET, Pixels, check_model, class_names_of, copy_model, origin_of, pixels_of, save_model
 from ..training import Fitted, TrainConfig, movable_tensors, predict
 from ..sensitivity import Gradients, gradient_pass, paper_k, select_parameters, sensitivity_table
 from ..finetuning import FINETUNE, ChosenK, Strategy, accuracy_change, choose_k, finetune, right_answers, trainable_parameters
 from .inputs import adapt, find_majority, gather_images, group_scores, synthetic_sets
-from .comparison import BeforeAfter, compare_predictions
+from .comparison import BeforeAfter, attribute_alone, compare_predictions
 
 # %% ../../nbs/14_pipeline/03_method.ipynb #94bbab52
 _PROMISES = """\
@@ -251,7 +250,7 @@ def _words_of(images):
     values = range(max([len(names.protected or ()), *(p + 1 for _, p in images.groups)]))
     titles = {group_name((t, p), names): names.title((t, p)) for t in range(images.n_classes) for p in values} if names != Names() else {}
     for place, _ in enumerate(names.attributes):
-        alone = Names(names.target, tuple(dict.fromkeys(word.split(TOGETHER)[place] for word in names.protected)))
+        alone = Names(names.target, attribute_alone(names, place)[0])
         titles |= {group_name((t, p), alone): alone.title((t, p)) for t in range(images.n_classes) for p in range(len(alone.protected))}
     return {"groups": [group_name(g, names) for g in images.groups], "titles": titles, "classes": list(names.target or ())}
 
