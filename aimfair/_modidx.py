@@ -675,6 +675,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'aimfair/models/sources.py'),
                                         'aimfair.models.sources.create_model': ( '09_models/sources.html#create_model',
                                                                                  'aimfair/models/sources.py'),
+                                        'aimfair.models.sources.isolated_path': ( '09_models/sources.html#isolated_path',
+                                                                                  'aimfair/models/sources.py'),
                                         'aimfair.models.sources.model_from': ( '09_models/sources.html#model_from',
                                                                                'aimfair/models/sources.py'),
                                         'aimfair.models.sources.origin_of': ( '09_models/sources.html#origin_of',

@@ -34,7 +34,8 @@ def _usage(error):
 
 # %% ../../nbs/19_cli/01_errors.ipynb #15939ebf
 _NETWORK = ("requests", "urllib3", "httpx", "httpcore")
-_EXTRAS = {"timm": "timm", "datasets": "hub", "openai": "llm", "gguf": "llm", "jupyterlab": "lab", "ipywidgets": "lab"}
+_EXTRAS = {"timm": "timm", "datasets": "hub", "openai": "llm", "gguf": "llm", "jupyterlab": "lab", "ipywidgets": "lab", "peft": "peft",
+           "tensorboard": "tensorboard", "trackio": "trackio"}
 _MENDABLE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, listed, write_whole
+from ..core import DataError, listed, user_path, write_whole
 from .reading import binned, check_inside, crossed, encoding_of, face_table, find_file, header, image_names, parse_bins, read_classes
 from .reading import read_columns, read_labels, read_splits, unknown_name, warn, with_ids
 from ..groups import Names, names_of, with_names
@@ -89,6 +89,7 @@ def celeba(
     available_only: bool = False,  # keep only the images that are on disk
 ) -> pd.DataFrame:  # face table in file order; labels 0/1 as annotated, split from the official partition
     "CelebA as a face table, from its annotation files alone. Raises `DataError` or `FileNotFoundError`."
+    root = user_path(root)
     file = find_file(root, _CELEBA_LISTS)
     _check_attributes(file, target, protected)
     labels = celeba_attributes(root, [target] + ([protected] if protected else []))
@@ -166,7 +167,8 @@ def utkface(
     Of exact copies of a file the first name stays. Malformed names are listed in a warning and left out; both lists are in `.attrs`.
     Raises `DataError` or `FileNotFoundError`."""
     _check_attributes(root, target, protected, ["gender", "age", "ethnicity", "race"])
-    folder = Path(root) / "UTKFace" if (Path(root) / "UTKFace").is_dir() else Path(root)
+    folder = user_path(root)
+    folder = folder / "UTKFace" if (folder / "UTKFace").is_dir() else folder
     fields, malformed = _utkface_fields(folder)
     copies = _copies(folder, fields["id"]) if find_copies else []
     fields = fields[~fields["id"].isin(copies)].reset_index(drop=True)
@@ -225,7 +227,8 @@ def fairface(
     protected = [protected] if isinstance(protected, str) else list(protected or ())
     for name in (None, *protected) if protected else (None,):
         _check_attributes(root, target, name, ["gender", "age", "race"])
-    rows, file = _fairface_labels(Path(root))
+    root = user_path(root)
+    rows, file = _fairface_labels(root)
     labels = _classes_of(rows, [target, *protected], file, {} if bins is None else {"age": bins})
     base, ids = _as_found(rows["id"], [Path(root), *Path(root).glob("fairface-img-margin*")])
     table = _labelled(ids, base, labels, target, protected, _fairface_split(rows, seed), {"file": str(file)})
@@ -297,7 +300,8 @@ def folder(
     bins: dict[str, str | Iterable[float]] | None = None,  # of ordered columns, such as {"age": "0-17, 18-39, 40+"}
 ) -> pd.DataFrame:  # face table in file order
     "Any folder of images with a CSV as a face table; protected is -1 where unknown. Raises `DataError` or `FileNotFoundError`."
-    file = Path(csv) if Path(csv).is_file() else Path(root) / csv
+    root, csv = user_path(root), user_path(csv)
+    file = csv if csv.is_file() else root / csv
     if not file.is_file():
         raise FileNotFoundError(f"{csv}: no such file, nor under {root}")
     protected = [protected] if isinstance(protected, str) else list(protected or ())
@@ -426,7 +430,7 @@ def image_groups(
     """Images sorted into groups, as a generator writes them. A manifest goes before folders; names are sorted.
 
     Folders are named T_P in numbers (`1_0`) or words (`smiling_male`), or T and, inside, P (`smiling/male`). Raises `DataError`."""
-    root = Path(root)
+    root = user_path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     if manifest := _manifest(root):
@@ -470,7 +474,7 @@ def faces_table(
     bins: dict[str, str | Iterable[float]] | None = None,  # of ordered columns, such as {"age": "0-17, 18-39, 40+"}
 ) -> pd.DataFrame:  # face table
     "Images and labels from files. Raises `FileNotFoundError` or `DataError`."
-    path = Path(source)
+    path = user_path(source)
     if not path.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
     file = path / "labels.csv" if (path / "labels.csv").is_file() else path

@@ -138,6 +138,7 @@ def _about(setup, notes, choice):
             f"Updated: {setup['updated']} of {setup['tensors']} tensors ({setup['strategy']}{k}); "
             f"best epoch {setup['best_epoch'] + 1} of {setup['config']['epochs']}.",
             f"The synthetic images measured here {measured}; they tell of such images, not of photos.",
+            *([f"The model was given {setup['pixels']}."] if "pixels" in setup else []),
             "Brackets: 95 % intervals over images like these, that of the change paired by image. "
             "Labels are annotations of images, not facts about people.", *notes,
             *([] if choice is None else [_about_choice(setup, choice)])]

@@ -24,7 +24,7 @@ from ..device import pick_device
 from ..groups import Group, Names, group_name, parse_majority
 from ..data import Faces
 from ..models import IMAGENET, Pixels, check_model, class_names_of, copy_model, origin_of, pixels_of, save_model
-from ..training import Fitted, TrainConfig, movable_tensors, predict
+from ..training import Callback, Fitted, TrainConfig, movable_tensors, predict
 from ..sensitivity import Gradients, gradient_pass, paper_k, select_parameters, sensitivity_table
 from ..finetuning import FINETUNE, ChosenK, Strategy, accuracy_change, choose_k, finetune, right_answers, trainable_parameters
 from .inputs import adapt, find_majority, gather_images, group_scores, synthetic_sets
@@ -229,6 +229,8 @@ def _tune(aim, model, sets, images, kept, device) -> _Tuned:
     "Fine-tune a copy of the model by the strategy that was asked for."
     how = {name: getattr(aim, name) for name in ("config", "seed", "freeze_batchnorm", "average", "progress")} | {"device": device}
     how |= {} if aim.mix is None else {"mix": images.real, "share": aim.mix}
+    if aim.callback is not None:
+        how["callback"] = aim.callback
     if aim.strategy == "selective":
         return _selective(aim, model, sets, images, kept, how)
     updated = trainable_parameters(model, aim.strategy)
@@ -321,7 +323,7 @@ def _pixels_note(aim, ready, pixels, images, device):
 def _told(aim, report, ready, pixels, images, device):
     "The report with what is known of the network and of its pixels; its notes become warnings."
     normalisation = {"mean": list(pixels.mean), "std": list(pixels.std), "channels": list(pixels.channels), "source": pixels.source}
-    facts = {"network": origin_of(aim.model), "normalisation": normalisation}
+    facts = {"network": origin_of(aim.model), "normalisation": normalisation, "pixels": str(pixels)}
     missing = ["No image processor was found for the model: it is given pixels in [-1, 1]; say what it was trained with by mean= and "
                "std= (--mean, --std)."] if pixels.source == "assumed" and hasattr(aim.model, "save_pretrained") else []
     notes = [*ready.notes, *missing, *_pixels_note(aim, ready, pixels, images, device), *report.notes]
@@ -356,7 +358,7 @@ class AIMFair:
     """Debias a classifier with synthetic images (the paper's SMG and SFT), without group labels of real images.
 
     The model takes images of shape B x 3 x H x W and returns logits or probabilities: one for two classes, else one a class. It is left
-    untouched. All its tensors may be updated, also those it came with frozen."""
+    untouched. All its tensors may be updated, also those it came with frozen; of a network with peft adapters, what peft left trainable."""
     model: nn.Module = field(repr=False)  # the biased classifier
     _: KW_ONLY
     k: int | str | None = None  # tensors kept by each ranking, 1..number of tensors; None: the paper's share, 55 of 62; "auto": `choose_k`
@@ -377,6 +379,7 @@ class AIMFair:
     seed: int = 0
     device: str | None = None  # None picks the best there is
     progress: bool = True  # show progress bars
+    callback: Callback | None = None  # of fine-tuning: told of every epoch, as for `finetune`
 
     def __post_init__(self):
         _check_options(self)

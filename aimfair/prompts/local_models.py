@@ -59,13 +59,15 @@ def quiet_transformers() -> Iterator[None]:
 # %% ../../nbs/06_prompts/06_local_models.ipynb #0ce6a2be
 def load_language_model(
     model: str,  # "smollm2", a hub id, a folder, a .gguf file, or hub id and file as owner/name/file.gguf
-    device: Any,  # as torch takes it
+    device: Any = None,  # as `pick_device` takes it
 ):  # tokenizer and network, ready to generate
     "Read a causal language model. Raises `PromptError`, `FileNotFoundError`."
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where, gguf = _where_is(model)
+    from aimfair.device import pick_device
+
+    (where, gguf), device = _where_is(model), pick_device(device)
     options = {"gguf_file": gguf} if gguf else {}
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     try:
@@ -258,9 +260,7 @@ class TransformersBackend:
     @cached_property
     def loaded(self) -> tuple:
         "Tokenizer and network, read when they are first needed."
-        from aimfair.device import pick_device
-
-        return load_language_model(self.model, pick_device(self.device))
+        return load_language_model(self.model, self.device)
 
     def _sample(self, request, text, seed):
         "Rows of tokens that go on with a text."

@@ -8,6 +8,7 @@ __all__ = ['OTHER_GENERATORS', 'SynthesisError', 'SynthesisConfig', 'make_config
 
 # %% ../../nbs/08_synthesis/01_generators.ipynb #4486ac46
 import contextlib
+import errno
 import hashlib
 import inspect
 import json
@@ -99,6 +100,9 @@ def _cannot_load(source: str, local: bool, error: Exception) -> SynthesisError:
     if local:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return SynthesisError(f"{source}: cannot be loaded as a diffusers pipeline ({reason})")
+    if isinstance(error, PermissionError) or getattr(error, "errno", None) in (errno.EROFS, errno.ENOSPC):
+        return SynthesisError(f"{source}: the hub's cache cannot be written ({' '.join(str(error).split())[:200]}); name "
+                              "another folder by HF_HOME")
     return SynthesisError(f"{source}: cannot be fetched from the hub (no network, no such id, or no access); "
                           f"download it once and give the local folder instead ({type(error).__name__})")
 
