@@ -116,7 +116,17 @@ def with_names(
     table.attrs["names"] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(names).items()}  # as a Parquet file can keep them
     return table
 
-# %% ../nbs/02_groups.ipynb #d6bfafd8
+# %% ../nbs/02_groups.ipynb #94eed1cd
+def _given_words(words, what):
+    "A list of words, each once. Raises `ValueError`."
+    if words is None:
+        return None
+    words = tuple(str(w).strip() for w in (words.split(",") if isinstance(words, str) else words))
+    if len({plain(w) for w in words}) < max(len(words), 2):
+        raise ValueError(f"{what} is {', '.join(words)!r}; expected two or more different words, in the order of their numbers")
+    return words
+
+# %% ../nbs/02_groups.ipynb #dfde6d52
 def _check_related(kind, named):
     "Raise for a source that shares no word with the first."
     first = next(iter(named), None)
@@ -133,7 +143,7 @@ def _checked_words(kind, found, base):
         if strange := [w for w in words if plain(w) not in known]:
             raise DataError(f"{source}: {unknown(kind, strange[0], base)}")
 
-
+# %% ../nbs/02_groups.ipynb #b0538ec7
 def _fixed_words(kind, fixed, option):
     "The words of sources with an order of their own, which must agree."
     longest = max(fixed, key=lambda source: len(fixed[source]))
@@ -143,7 +153,7 @@ def _fixed_words(kind, fixed, option):
                             f"say which order holds: {option}")
     return tuple(fixed[longest])
 
-
+# %% ../nbs/02_groups.ipynb #e633595d
 def _shared_words(kind, found, fixed, given, option):
     "One order of the words of all sources, or None where only numbers are known."
     named = {source: words for source, words in found.items() if words}
@@ -162,17 +172,7 @@ def _shared_words(kind, found, fixed, given, option):
     _checked_words({"classes": "class", "groups": "group"}[kind], {s: w for s, w in named.items() if given or s not in own}, base)
     return base
 
-# %% ../nbs/02_groups.ipynb #94eed1cd
-def _given_words(words, what):
-    "A list of words, each once. Raises `ValueError`."
-    if words is None:
-        return None
-    words = tuple(str(w).strip() for w in (words.split(",") if isinstance(words, str) else words))
-    if len({plain(w) for w in words}) < max(len(words), 2):
-        raise ValueError(f"{what} is {', '.join(words)!r}; expected two or more different words, in the order of their numbers")
-    return words
-
-# %% ../nbs/02_groups.ipynb #dfde6d52
+# %% ../nbs/02_groups.ipynb #927ad8ce
 def shared_names(
     found: Mapping[str, Names],  # by what the sources are called in an error, such as "real"; () instead of None: has no such labels
     *, classes: Iterable[str] | str | None = None,  # the classes in the order of the model's outputs; None: as the sources have it
@@ -188,7 +188,7 @@ def shared_names(
     return Names(_shared_words("classes", target, fixed, classes, "classes=('no', 'yes'), or --classes no,yes"),
                  _shared_words("groups", protected, fixed, groups, "groups=('A', 'B'), or --groups A,B"), attributes, fixed=True)
 
-
+# %% ../nbs/02_groups.ipynb #821b5e1b
 def recoded(
     samples,  # a face table, or `Faces`
     names: Names,  # from `shared_names`
@@ -225,7 +225,7 @@ def group_numbers(
         numbers[index] = number
     return numbers
 
-
+# %% ../nbs/02_groups.ipynb #162c00d9
 def group_sizes(
     samples,  # as for `group_indices`
 ) -> dict[Group, int]:  # images of each group
@@ -377,7 +377,7 @@ def _check_available(table, available, n, bias, rule):
             raise DataError(f"{where}cell {cell} has {available[g]} images{' in train' if 'split' in table else ''}, {wanted} are needed "
                             f"for n={n} at bias {float(bias):g}; the largest n that fits is {_largest_split(available, n, bias, rule)}")
 
-
+# %% ../nbs/02_groups.ipynb #6ea9d3f6
 def biased_split(
     table: pd.DataFrame,  # face table; where it has splits, rows are drawn from train
     *, n: int,  # size of the set, a multiple of the number of classes

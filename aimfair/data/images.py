@@ -292,9 +292,7 @@ class Faces(Pixels):
 
     @staticmethod
     def concat(parts) -> Faces:  # an iterable of `Faces` with images of one size
-        """Faces one after another; no pixel is copied. Protected is -1 for parts where it is unknown (None if it is everywhere).
-
-        Raises `DataError` for sizes or names that differ."""
+        "Faces one after another; no pixel is copied. Protected is -1 for parts where it is unknown (None if it is everywhere)."
         parts = list(parts)
         sources, source, row = joined_pixels(parts)
         known = any(part.protected is not None for part in parts)

@@ -188,7 +188,7 @@ def _in_words(texts, counts, order, where) -> tuple[np.ndarray, tuple[str, ...]]
         raise DataError(f"{where}: {unknown('class', strange[0], order)}")
     return np.array([place[plain(t)] for t in texts], np.int64), tuple(order)
 
-
+# %% ../../nbs/04_data/01_reading.ipynb #af5a0111
 def read_classes(
     values: pd.Series,  # of one column
     file,  # named in errors

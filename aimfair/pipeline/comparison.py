@@ -44,7 +44,7 @@ def _figures(before, after):
     grouped = [_compared(before[known], after[known], before.protected[known]).drop("accuracy")] if known.any() else []
     return pd.concat([overall, *grouped])
 
-
+# %% ../../nbs/14_pipeline/02_comparison.ipynb #37074f47
 def attribute_alone(names, place):
     "Words of one of several attributes, and for each group, and for an unknown one, the number of its word; -1 where it has none."
     parts = [of.split(TOGETHER) for of in names.protected]
@@ -64,7 +64,7 @@ def _in_words(figures, names):
     "Figures of groups under the groups' names."
     return figures.rename(index={f: group_name(parse_group(f), names) for f in figures.index if re.fullmatch(r"\d+_\d+", f)})
 
-
+# %% ../../nbs/14_pipeline/02_comparison.ipynb #abcc6dc1
 def compare_predictions(
     sets: dict[str, tuple[pd.DataFrame, pd.DataFrame]],  # {images: (predictions before, predictions after)}, of the same images
     names: Names | None = None,  # of classes and groups; of groups by several attributes each is measured alone, too: "test by race"
