@@ -58,8 +58,9 @@ def did_you_mean(
     n: int = 3,  # suggestions at most
 ) -> str:  # "; did you mean a, b?", or nothing where no choice comes near
     "A hint to append to an error about an unknown word."
-    near = difflib.get_close_matches(str(word), [str(c) for c in choices], n, 0.5)
-    return f"; did you mean {', '.join(near)}?" if near else ""
+    near = difflib.get_close_matches(str(word), [str(c) for c in choices], max(n, 3), 0.5)
+    near.sort(key=lambda choice: sorted(choice) != sorted(str(word)))  # letters that changed places come first
+    return f"; did you mean {', '.join(near[:n])}?" if near else ""
 
 
 def unknown(

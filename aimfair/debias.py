@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from .core import digest, file_digest, one_line, put_in_place, write_whole
 from .data import faces_table, load_faces
+from .groups import names_of
 from .models import image_size, model_from
 from .finetuning import FINETUNE
 from .pipeline import AIMFair, prompts_in
@@ -22,7 +23,9 @@ from .training import TrainConfig
 
 # %% ../nbs/15_debias.ipynb #c676ca99
 def _table_digest(table):
-    return digest(*(table[c].tolist() for c in ("id", "target", "protected", "prompt") if c in table))
+    names = names_of(table)
+    words = [[names.target, names.protected]] if names.target or names.protected else []
+    return digest(*(table[c].tolist() for c in ("id", "target", "protected", "prompt") if c in table), *words)
 
 
 def _model_name(spec):
@@ -107,8 +110,8 @@ def _finetune_config(**changes):
 def debias(
     *, model: str,  # a torchvision name, "timm/NAME", "hf/NAME", a folder, "package.module:function" or "path/to/file.py:function"
     weights: str | Path | None = None,  # the biased model's weights, head included; a Hugging Face model has its own
-    real: str | Path,  # real training images: CSV (image, target) or folder; groups are not read
-    synthetic: str | Path,  # synthetic images by group: folder with T_P folders or a manifest
+    real: str | Path,  # real training images: CSV or folder; groups are not read
+    synthetic: str | Path,  # synthetic images by group: folder with a manifest, or with folders such as 1_0, smiling_male, smiling/male
     val: str | Path,  # real validation images, as `real`
     test: str | Path | None = None,  # real test images for the report, with a column protected where it is known
     out: str | Path,  # folder for the result
@@ -125,6 +128,12 @@ def debias(
     freeze_batchnorm: bool = False,  # True keeps running statistics
     average: float | None = None,  # share of the fine-tuned weights in their average with those before, in (0, 1]; None: no average
     mix: float | None = None,  # share of real images in the batches of fine-tuning, between 0 and 1; None: synthetic ones alone
+    image: str | None = None,  # of a CSV: column with the file names, and so on, as for `faces_table`
+    target: str | None = None,
+    protected: str | list[str] | None = None,  # a column or several, also divided by commas
+    bins: dict[str, str] | None = None,  # of ordered columns, such as {"age": "0-17, 18-39, 40+"}
+    classes: str | list[str] | None = None,  # words of the classes in the order of the model's outputs; None: as model or images have it
+    groups: str | list[str] | None = None,  # words of the protected values, in the order of their numbers
     tolerance: float = 2.0,  # with k="auto": standard errors by which a candidate may be less accurate on `val` than the model as it is
     seed: int = 0,
     device: str | None = None,  # None picks the best there is
@@ -137,9 +146,12 @@ def debias(
     Raises `ValueError`, `FileNotFoundError` or `FileExistsError` with one line for the user."""
     config = _finetune_config(epochs=epochs, lr=lr, batch_size=batch_size, scale=None if crop is None else (crop, 1.0), **settings)
     sources = {"real": real, "synthetic": synthetic, "val": val} | ({} if test is None else {"test": test})
-    tables = {name: faces_table(source, groups=name in ("synthetic", "test")) for name, source in sources.items()}
+    several = protected.split(",") if isinstance(protected, str) and "," in protected else protected
+    columns = {"image": image, "target": target, "protected": several, "bins": bins}
+    tables = {name: faces_table(source, groups=name in ("synthetic", "test"), **columns) for name, source in sources.items()}
     method = {"k": k, "bias": bias, "majority": majority, "mean": mean, "std": std, "freeze_batchnorm": freeze_batchnorm,
               "average": average, "mix": mix, "tolerance": tolerance, "seed": seed}
+    method |= {name: words for name, words in (("classes", classes), ("groups", groups)) if words is not None}
     record = _record({"model": _model_name(model), "size": size, **method, **config.model_dump()}, tables, {"weights": weights})
 
     def compute(checkpoint):

@@ -176,7 +176,7 @@ WRONG = {  # words -> what the line must say
     "data split --root EMPTY --n 20 --out OUT": "list_attr_celeba",
     "data split --root ROOT --n 20 --out ROOT": "directory",
     "data split --dataset folder --root THREE --csv labels.csv --target happy --protected age --n 20 --out OUT":
-        "age has the values 0, 1, 2; the biased set is defined for 0 and 1",
+        "cell happy=0, age=1 has 4 images, 8 are needed",
     "reproduce --aggregation median": "no aggregation 'median'",
     "reproduce --set epochs": "key=value",
     "reproduce --set =3": "key=value",

@@ -319,7 +319,7 @@ def test_the_command_divides_by_race_too(tmp_path):
     assert result.returncode == 0 and "4 of (0, East Asian)" in result.stdout, result.stderr
     assert "96 of the 120 rows are left out, 30 of them as race is not known" in result.stdout
     rows = pd.read_csv(tmp_path / "out.csv")
-    assert rows.groupby(["gender", "race"]).size().eq(4).all() and len(rows) == 24
+    assert rows.groupby(["target", "protected"]).size().eq(4).all() and len(rows) == 24
 
 
 # --- the frequent groups -------------------------------------------------------------------------------------------------------

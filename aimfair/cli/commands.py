@@ -58,7 +58,8 @@ def data_split(
     dataset: Annotated[str, option("NAME", "celeba, utkface, fairface or folder")] = "celeba",
     root: Annotated[Path | None, option("FOLDER", "folder of the data set  [required]", exists=True, file_okay=False)] = None,
     target: Annotated[str | None, option("NAME", "attribute to predict; by default Smiling (celeba), gender (utkface, fairface)")] = None,
-    protected: Annotated[str | None, option("NAME", "protected attribute; by default Male (celeba), ethnicity (utkface), race (fairface)")] = None,
+    protected: Annotated[str | None, option("NAME", "protected attribute; by default Male (celeba), ethnicity (utkface), "
+                                             "race (fairface)")] = None,
     n: Annotated[int | None, option("N", "number of images, as many of each class  [required]", "--n", min=2)] = None,
     bias: Annotated[float, option("RATIO", "minority to majority: 1/9, 1:9 or 0.111", parser=ratio)] = "1/9",
     out: Annotated[Path | None, option("FILE", "CSV file to write  [required]", dir_okay=False)] = None,
@@ -82,7 +83,7 @@ def data_split(
     target, protected = target or _ATTRIBUTES[dataset][0], protected or _ATTRIBUTES[dataset][1]
     table = _part(_face_table(dataset, root, available_only, csv, image, bins, target=target, protected=protected), split, root)
     rows = biased_split(table, n=n, bias=bias, majority=majority)
-    write_split(rows, out, target if dataset == "folder" else "target", protected if dataset == "folder" else "protected")
+    write_split(rows, out, "target", "protected")
     names, unknown = names_of(rows), int((table["protected"] < 0).sum())
     cells = ", ".join(f"{n} of ({', '.join(names.words(g))})" for g, n in group_sizes(rows).items())
     typer.echo(f"{out}: {len(rows)} images by ({target}, {protected}): {cells}")
@@ -186,7 +187,7 @@ def debias(
                                         "[required]")] = None,
     weights: Annotated[Path | None, option("FILE", "its weights: .safetensors, .pth, or a folder; hf/... has its own", **_INPUT)] = None,
     real: Annotated[Path | None, option("PATH", "your images with target labels: folder or CSV  [required]", **_INPUT)] = None,
-    synthetic: Annotated[Path | None, option("PATH", "synthetic images by group: T_P/*.png  [required]", **_INPUT)] = None,
+    synthetic: Annotated[Path | None, option("PATH", "synthetic images by group: T_P/*.png, T/P/*.png  [required]", **_INPUT)] = None,
     val: Annotated[Path | None, option("PATH", "validation images, likewise: folder or CSV  [required]", **_INPUT)] = None,
     test: Annotated[Path | None, option("PATH", "test images with group labels, for a report: folder or CSV", **_INPUT)] = None,
     out: Annotated[Path | None, option("FOLDER", "folder for fairer weights, mask and report  [required]", file_okay=False)] = None,
@@ -205,7 +206,15 @@ def debias(
     clip: Annotated[float | None, option("X", "largest norm of the gradient; by default any", min=0)] = None,
     size: Annotated[int | None, option("N", "pixels of a side that the model sees; by default what it is known for", min=8)] = None,
     crop: Annotated[float | None, option("X", "smallest area of the random crop; by default 0.08", min=0.01, max=1)] = None,
-    majority: Annotated[str | None, option("T_P,...", "frequent groups of your images, as 0_1,1_0; by default guessed")] = None,
+    majority: Annotated[str | None, option("T_P,...", "frequent groups of your images, as 0_1,1_0 or male_White,female_Black; by default "
+                                           "guessed")] = None,
+    image: Annotated[str | None, option("NAME", "of a CSV: column with the file names; by default image, file or the like")] = None,
+    target: Annotated[str | None, option("NAME", "of a CSV: column with the class; by default target, label or class")] = None,
+    protected: Annotated[str | None, option("NAME,...", "of a CSV: column with the group, or several; by default protected, group")] = None,
+    bins: Annotated[dict | None, option("BINS", "classes of an amount, such as 'age: 0-17, 18-39, 40+'", parser=_bins)] = None,
+    classes: Annotated[str | None, option("A,B,...", "words of the classes, in the order of the model's outputs; by default as the model "
+                                          "or the images have it")] = None,
+    groups: Annotated[str | None, option("A,B,...", "words of the groups, in the order of their numbers, likewise")] = None,
     mean: Annotated[str | None, option("R,G,B", "the model's normalisation of pixels in [0, 1]; by default what timm or its "
                                         "image processor says, else it takes [-1, 1]",
                                         parser=_channels)] = None,

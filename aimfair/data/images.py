@@ -300,9 +300,9 @@ class Faces(Pixels):
         known = any(part.protected is not None for part in parts)
         protected = np.concatenate([np.full(len(p), -1) if p.protected is None else p.protected for p in parts]) if known else None
         target, ids = (np.concatenate([getattr(part, name) for part in parts]) for name in ("target", "ids"))
-        names = list(dict.fromkeys(part.names for part in parts if part.names != Names()))
-        if len(names) > 1:
-            raise DataError(f"classes or groups are {names[0]} and {names[1]}: `shared_names` and `recoded` make them one")
+        names = list(dict.fromkeys(part.names for part in parts if part.names != Names()))[:1]
+        if other := next((part.names for part in parts if names and not names[0].agrees(part.names)), None):
+            raise DataError(f"classes or groups are {names[0]} and {other}: `shared_names` and `recoded` make them one")
         return Faces(sources, source, row, target, protected, ids, {k: v for part in parts for k, v in part.dropped.items()}, *names)
 
     def select(

@@ -84,7 +84,7 @@ def header(file, encoding: str | None = None) -> tuple[list[str], int, str, int 
     with open(file, encoding=encoding or encoding_of(file), errors="replace") as f:
         lines = [f.readline(2**20).strip() for _ in range(3)]
     if re.match(r"(<!doctype\s+html|<html|<\?xml|<head|<body)", lines[0].lower()):
-        raise DataError(f"{file}: is a web page (HTML) and no annotations, as a download that was turned down leaves it; download the file again")
+        raise DataError(f"{file}: is a web page (HTML) and no annotations, as a refused download leaves it; download the file again")
     if not lines[0]:
         raise DataError(f"{file}: the first line is empty; expected column names or CelebA's count of images")
     separator = max(",;\t|", key=lines[0].count)
@@ -171,16 +171,16 @@ def _numbered(texts, where) -> np.ndarray | None:
         return np.array([_BINARY[t.lower()] for t in texts], np.int64)
     if all(re.fullmatch(r"\d+(\.0*)?", t) for t in texts):
         return np.array([int(float(t)) for t in texts], np.int64)
-    if wrong := [t for t in texts if re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", t, re.IGNORECASE)]:
-        if len(wrong) == len(texts) or wrong[0].startswith("-") or "." in wrong[0]:
-            raise DataError(f"{where} is {wrong[0]}; expected words, 0/1, or the number of a class; amounts need bins, such as 0-17, 18-39, 40+")
+    wrong = [t for t in texts if re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", t, re.IGNORECASE)]
+    if wrong and (len(wrong) == len(texts) or wrong[0].startswith("-") or "." in wrong[0]):
+        raise DataError(f"{where} is {wrong[0]}; expected words, 0/1, or the number of a class; amounts need bins, as 0-17, 18-39, 40+")
     return None
 
 # %% ../../nbs/04_data/01_reading.ipynb #66c24a67
 def _in_words(texts, counts, order, where) -> tuple[np.ndarray, tuple[str, ...]]:
     "Numbers of classes that are written as words, and the words in order; one spelling of each, the most frequent."
     if len({plain(t) for t in texts}) > _MOST:
-        raise DataError(f"{where} has {len(texts)} different values, such as {listed(texts[:3])}; expected a few classes: is it the right column?")
+        raise DataError(f"{where} has {len(texts)} different values, as {listed(texts[:3])}; expected a few classes: is it the column?")
     if order is None:
         order = in_order(text for _, text in sorted(zip(-counts, texts, strict=True)))
     place = {plain(word): i for i, word in enumerate(order)}
@@ -269,8 +269,9 @@ def crossed(parts: dict[str, tuple[np.ndarray, tuple[str, ...] | None]]) -> tupl
     present, place = np.unique(codes[known], axis=0, return_inverse=True)
     numbers = np.full(len(codes), -1)
     numbers[known] = place.ravel()
-    words = [[f"{name}={i}" if of is None else of[i] for i, (name, (_, of)) in zip(row, parts.items(), strict=True)] for row in present.tolist()]
-    return numbers, tuple(map(TOGETHER.join, words))
+    def word(i, name, words): return f"{name}={i}" if words is None else words[i]
+    columns = [[word(i, name, words) for i in present[:, at]] for at, (name, (_, words)) in enumerate(parts.items())]
+    return numbers, tuple(map(TOGETHER.join, zip(*columns, strict=True)))
 
 # %% ../../nbs/04_data/01_reading.ipynb #c0e2c03c
 _SPLITS = {"0": "train", "1": "val", "2": "test", "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -286,7 +287,7 @@ def read_splits(values: pd.Series, file) -> np.ndarray:
     return words.map(_SPLITS).to_numpy()
 
 # %% ../../nbs/04_data/01_reading.ipynb #2629fc68
-def face_table(ids, folder, target, protected=None, split=None, facts=None, names: Names = Names()) -> pd.DataFrame:
+def face_table(ids, folder, target, protected=None, split=None, facts=None, names: Names | None = None) -> pd.DataFrame:
     "Put a face table together; `protected` and `split` may be unknown, `facts` and `names` become its `.attrs`."
     ids = pd.Series(ids).reset_index(drop=True)
     table = pd.DataFrame({"id": ids, "path": [os.path.join(folder, name) for name in ids], "target": np.asarray(target, np.int64)})
@@ -295,4 +296,4 @@ def face_table(ids, folder, target, protected=None, split=None, facts=None, name
     if split is not None:
         table["split"] = np.asarray(split)
     table.attrs = dict(facts or {})
-    return table if names == Names() else with_names(table, names)
+    return table if names in (None, Names()) else with_names(table, names)

@@ -278,7 +278,8 @@ def _labelled(ids, base, labels, target, protected: list[str], split, facts) -> 
         if (unknown := int((p < 0).sum())) == len(p):
             raise DataError(f"{facts['file']}: {', '.join(protected)} has no value for any image")
         if unknown:
-            warn(f"{facts['file']}: {' and '.join(protected)} {'is' if len(parts) == 1 else 'are'} not known of {unknown} of {len(p)} images")
+            what = " and ".join(protected) + (" is" if len(parts) == 1 else " are")
+            warn(f"{facts['file']}: {what} not known of {unknown} of {len(p)} images")
     names = Names(labels[target][1], words, tuple(protected) if len(parts) > 1 else ())
     facts = {**facts, "target": target, "protected": " and ".join(protected) or None}
     return face_table(ids, base, labels[target][0], p, split, facts, names)
@@ -291,7 +292,7 @@ def folder(
     target: str,  # column with the target: words, -1/1, 0/1, True/False or class numbers
     protected: str | Iterable[str] | None = None,  # column with the protected attribute, likewise, or several; None: unknown
     split: str | None = None,  # column with train/val/test (or 0/1/2); None: no split
-    classes: Iterable[str] | None = None,  # the target's words, in the order of their numbers; None: numbers by value, words by the alphabet
+    classes: Iterable[str] | None = None,  # the target's words, in the order of their numbers; None: by the alphabet
     groups: Iterable[str] | None = None,  # the same of one protected attribute
     bins: dict[str, str | Iterable[float]] | None = None,  # of ordered columns, such as {"age": "0-17, 18-39, 40+"}
 ) -> pd.DataFrame:  # face table in file order
@@ -395,7 +396,8 @@ def _words_for(numbers, words: pd.Series, where) -> tuple[str, ...] | None:
     found = found[(found["number"] >= 0) & (found["word"] != "")]
     for column in ("number", "word"):
         if len(twice := found[found[column].duplicated(keep=False)]):
-            raise DataError(f"{where} has {' and '.join(f'{w} for {n}' for n, w in twice.to_numpy()[:2].tolist())}; expected one word a number")
+            told = " and ".join(f"{word} for {number}" for number, word in twice.to_numpy()[:2].tolist())
+            raise DataError(f"{where} has {told}; expected one word a number")
     named = dict(found.to_numpy().tolist())
     return tuple(str(named.get(i, i)) for i in range(max(named) + 1)) if named else None
 
@@ -419,7 +421,7 @@ def _manifest_table(file: Path) -> pd.DataFrame:
 
 # %% ../../nbs/04_data/02_tables.ipynb #6e592ab6
 def image_groups(
-    root,  # folder with a manifest, `manifest.parquet` or `manifest.csv` (columns file, target, protected), or with folders of images by group
+    root,  # folder with `manifest.parquet` or `manifest.csv` (columns file, target, protected), or with images by group
 ) -> pd.DataFrame:  # face table; ids are file names relative to root; other columns of the manifest are kept
     """Images sorted into groups, as a generator writes them. A manifest goes before folders; names are sorted.
 
@@ -431,8 +433,8 @@ def image_groups(
         return _manifest_table(manifest)
     labels = _label_folders(root)
     if not labels or len(next(iter(labels.values()))) < 2:
-        raise DataError(f"{root}: has neither manifest.parquet, manifest.csv nor folders of every group, named T_P such as 1_0 or smiling_male, "
-                        "or smiling/male")
+        raise DataError(f"{root}: has neither manifest.parquet, manifest.csv nor folders of every group, named T_P such as 1_0 or "
+                        "smiling_male, or smiling/male")
     return _folders_table(root, labels)
 
 # %% ../../nbs/04_data/02_tables.ipynb #44c751f6
@@ -445,16 +447,17 @@ def _csv_table(file: Path, groups: bool, bins, **columns) -> pd.DataFrame:
     names = header(file)[0]
     usual = {kind: next((c for c in words if c in names), words[0]) for kind, words in _USUAL.items()}
     protected = (columns["protected"] or (usual["protected"] if usual["protected"] in names else None)) if groups else None
-    return folder(file.parent, file, image=columns["image"] or usual["image"], target=columns["target"] or usual["target"],
-                  protected=protected, bins={c: b for c, b in (bins or {}).items() if groups or c == (columns["target"] or usual["target"])})
+    target = columns["target"] or usual["target"]
+    return folder(file.parent, file, image=columns["image"] or usual["image"], target=target, protected=protected,
+                  bins={c: b for c, b in (bins or {}).items() if groups or c == target})
 
 
 def _folder_table(root: Path) -> pd.DataFrame:
     if _manifest(root):
         return image_groups(root)
     if not (labels := _label_folders(root)):
-        raise DataError(f"{root}: has neither labels.csv, a manifest, folders of groups such as 1_0 or smiling_male, nor of classes such as 0 or "
-                        "smiling")
+        raise DataError(f"{root}: has neither labels.csv, a manifest, folders of groups such as 1_0 or smiling_male, nor of classes "
+                        "such as 0 or smiling")
     return _folders_table(root, labels)
 
 
@@ -463,7 +466,7 @@ def faces_table(
     *, groups: bool,  # False drops the protected attribute where there is one; True keeps it
     image: str | None = None,  # of a CSV: column with the file names; None: image, file or the like
     target: str | None = None,  # column with the target; None: target, label or class
-    protected: str | list[str] | None = None,  # column with the protected attribute, or several; None: protected or group, where it is there
+    protected: str | list[str] | None = None,  # column with the protected attribute, or several; None: protected or group
     bins: dict[str, str | Iterable[float]] | None = None,  # of ordered columns, such as {"age": "0-17, 18-39, 40+"}
 ) -> pd.DataFrame:  # face table
     "Images and labels from files. Raises `FileNotFoundError` or `DataError`."

@@ -139,8 +139,8 @@ def _few_note(figures):
     "A sentence about groups of few images, where there are some."
     cells = figures[~figures.index.get_level_values("figure").isin(_TITLES)]
     few = cells.index[(cells["n"] < FEW) & (cells["n"] > 0)]
-    return [f"{len(few)} of {len(cells)} groups have fewer than {FEW} images: they are given as counts, a hint and no percentage, and the worst "
-            "group, equalized odds and the deviation rest on them as well."] if len(few) else []
+    return [f"{len(few)} of {len(cells)} groups have fewer than {FEW} images: they are given as counts, a hint and no percentage, and the "
+            "worst group, equalized odds and the deviation rest on them as well."] if len(few) else []
 
 # %% ../../nbs/14_pipeline/02_comparison.ipynb #175a6ef3
 def _strict(value):

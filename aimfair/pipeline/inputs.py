@@ -60,7 +60,8 @@ def synthetic_sets(
             raise DataError(f"real has {at_most} images, too few for a synthetic set of that size with bias {bias:.3g}") from None
     if per_group is not None and per_group > min(available.values()):
         g = min(available, key=available.get)
-        raise DataError(f"per_group is {per_group}; of group {group_name(g, pool.names)} there are {available[g]} synthetic images to learn from")
+        raise DataError(f"per_group is {per_group}; of group {group_name(g, pool.names)} there are {available[g]} synthetic images to "
+                        "learn from")
     return take_groups(pool, biased), take_groups(pool, balanced_counts(available, per_group))
 
 # %% ../../nbs/14_pipeline/01_inputs.ipynb #282863c4
@@ -110,7 +111,8 @@ def _check_pool(pool: Faces, auto: bool = False) -> list[Group]:  # the groups, 
     least, why = (MIN_GROUP_AUTO, ' for k="auto"') if auto else (MIN_GROUP, "")
     for g in ((t, p) for t in range(n_classes) for p in values):
         if len(where.get(g, ())) < least:
-            raise DataError(f"the synthetic images have {len(where.get(g, ()))} of group {pool.names.title(g)}; at least {least} are needed{why}")
+            raise DataError(f"the synthetic images have {len(where.get(g, ()))} of group {pool.names.title(g)}; at least {least} are "
+                            f"needed{why}")
     return sorted(where)
 
 # %% ../../nbs/14_pipeline/01_inputs.ipynb #0bd78de2

@@ -373,7 +373,7 @@ class AIMFair:
     mix: float | None = None  # share of real images in the batches of fine-tuning, between 0 and 1; None, as in the paper: none
     mean: tuple[float, ...] | None = None  # with std: the model's normalisation of pixels in [0, 1]; None: as `pixels_of` knows, or [-1, 1]
     std: tuple[float, ...] | None = None
-    classes: Iterable[str] | str | None = None  # words of the classes, in the order of the outputs; None: as the model or the images have it
+    classes: Iterable[str] | str | None = None  # words of the classes, in the order of the outputs; None: as model or images have it
     groups: Iterable[str] | str | None = None  # words of the protected values, in the order of their numbers; None: as the images have it
     seed: int = 0
     device: str | None = None  # None picks the best there is

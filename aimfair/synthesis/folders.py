@@ -123,13 +123,16 @@ _COLUMNS = {"file": "str", "target": "int64", "protected": "int64", "group": "st
             "negative_prompt": "str", "height": "int64", "width": "int64"}
 
 
-def _manifest(records: list[dict]) -> pd.DataFrame:
-    "One row an image that was kept, by group and index."
+def _manifest(records: list[dict], words: dict | None = None) -> pd.DataFrame:
+    "One row an image that was kept, by group and index; with the group's words, where they are told."
     kept = sorted((r for r in records if r["status"] == "kept"), key=lambda r: (r["target"], r["protected"], r["index"], r["attempt"]))
     frame = pd.DataFrame(kept, columns=list(dict.fromkeys([*_COLUMNS, *(k for r in kept for k in r)])))
     frame["negative_prompt"] = frame["negative_prompt"].fillna("")
     frame = frame.drop(columns=["status", "rejected_by"], errors="ignore").drop_duplicates(["group", "index"]).reset_index(drop=True)
-    return frame.astype(_COLUMNS)
+    frame = frame.astype(_COLUMNS)
+    for i, kind in enumerate(("target", "protected") if words else ()):
+        frame.insert(2 + 2 * i, f"{kind}_name", [words[g][i] if g in words else "" for g in frame["group"]])
+    return frame
 
 # %% ../../nbs/08_synthesis/03_folders.ipynb #5c599d79
 def _images_in(folder: Path) -> list[str]:
@@ -192,10 +195,10 @@ class Journal(SetFolder):
         _write_image(aside, image, record)
         _link(aside, path)
 
-    def merge(self, groups: Iterable[str]) -> pd.DataFrame:
+    def merge(self, groups: Iterable[str], words: dict | None = None) -> pd.DataFrame:
         "Put the manifest together from all journals."
         with self.lock():
-            manifest = _manifest(self.read(groups))
+            manifest = _manifest(self.read(groups), words)
             with whole_file(self.root / "manifest.parquet") as aside:
                 manifest.to_parquet(aside, index=False)
         return manifest

@@ -190,7 +190,7 @@ def _fill(folder: Journal, slots: Slots, batches: _Batches, resize, filters, max
                 _put_back(queue, budget, [job for job in part if job not in made], done)
                 bar.update(sum(r["status"] == "kept" for r, _ in done))
     except BaseException:  # Ctrl-C, a full disk, no memory
-        folder.merge(slots.prompts.groups)
+        folder.merge(slots.prompts.groups, slots.prompts.words)
         raise
     return short
 
@@ -294,7 +294,7 @@ def synthesize(
         folder.claim(identity)
         with folder.own_shard(), _drawing(pipe, config, folder, slots) as batches:
             short = _fill(folder, slots, batches, config.resize, filters, max_attempts, progress)
-    manifest = folder.merge(prompts.groups)
+    manifest = folder.merge(prompts.groups, prompts.words)
     if short:
         raise _cannot_fill(out, short, per_group, max_attempts)
     manifest = manifest[manifest["index"] < per_group].reset_index(drop=True)

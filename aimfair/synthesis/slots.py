@@ -55,6 +55,7 @@ class GroupPrompts:
     digest: str
     task: str
     style: str
+    words: dict = field(default_factory=dict)  # {group: (target's word, protected value's word)}, where a task tells them
 
 
 def _check_groups(groups: dict):
@@ -81,8 +82,9 @@ def as_group_prompts(
     groups = {str(g): tuple(texts) for g, texts in sorted(groups.items())}
     _check_groups(groups)
     task = getattr(prompts, "task", "")
+    words = {g: tuple(c.name for c in task.classes(g)) for g in groups} if hasattr(task, "classes") else {}
     return GroupPrompts(groups, str(getattr(prompts, "digest", None) or digest(groups)), str(getattr(task, "name", task) or ""),
-                        str(getattr(prompts, "style", "")))
+                        str(getattr(prompts, "style", "")), words)
 
 # %% ../../nbs/08_synthesis/02_slots.ipynb #0042b51c
 def _is_shard(shard) -> bool:
