@@ -20,7 +20,7 @@ from ..debias import debias
 from ..prompts import PromptSet, load_prompts, write_file
 from ..synthesis import synthesize
 from .checks import Ready, check
-from .page import saved_report, write_page
+from .page import heading_of, saved_report, write_page
 from .planning import Plan, make_plan
 from .settings import FixSettings, beside, model_beside, read_task
 
@@ -98,7 +98,7 @@ def _debias(ready: Ready, folder: Path, **how):
 
 # %% ../../nbs/18_fix/05_steps.ipynb #71404a0d
 _CARD = """\
-# {target}, fairer by {protected}
+# {heading}
 
 What `aimfair fix` left here: the fairer classifier in `model/`, with its own card; `report.html` for readers; the prompts in `prompts.json` and what
 was drawn from them in `images/`, by group, with `manifest.parquet`; and the settings in `fix.json`.
@@ -119,7 +119,7 @@ def _write_card(ready: Ready, prompts: PromptSet, folder: Path):
     card = (folder / "model" / "README.md").read_text(encoding="utf-8")
     body = card[card.index("## What it is"):].replace("\n# ", "\n## ")
     write_whole(folder / "README.md", _CARD.format(
-        target=task.target.name, protected=task.protected.name, description=task.description, prompts=sum(map(len, prompts.groups.values())),
+        heading=heading_of(task), description=task.description, prompts=sum(map(len, prompts.groups.values())),
         writer=prompts.provenance.get("model") or ready.settings.prompts.backend, style=prompts.style,
         images=g.per_group * len(task.groups), generator=g.name, model=ready.settings.model.name, card=body))
 
