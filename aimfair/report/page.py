@@ -227,7 +227,7 @@ def write_html_report(
     path: str | Path,  # file to write, "report.html"
     *, experiments: Iterable[Section],  # the experiments in the order to show them, failed ones with their error
     configuration: Mapping[str, Any],  # {dotted setting: value}, see `aimfair.experiments.settings_of`
-    about: Mapping[str, Any],  # on what the run rests: profile, seeds, data, generator, made, reused, seconds, store, out, or others
+    about: Mapping[str, Any],  # on what it rests: profile, seeds, data, generator, made, reused, seconds, store, out, or others
     folder: str | Path | None = None,  # where the experiments' tables and figures are; default the report's folder
     differences: Iterable[str] = (),  # what differs from the paper, one line of Markdown each
     changed: Iterable[str] = (),  # settings that were changed from the profile's, by dotted name
@@ -239,9 +239,9 @@ def write_html_report(
 ) -> Path:  # the file
     "Tables, figures, settings, versions and hardware in one file that needs no other; equal runs differ in date and duration alone."
     sections, folder, date = list(experiments), Path(folder or Path(path).parent), date or datetime.now(timezone.utc)
-    made = f"{date:%Y-%m-%d %H:%M %Z}".strip()
+    made = f"{date:%Y-%m-%d %H:%M %Z}".strip() + (f"; profile {about['profile']}" if "profile" in about else "")
     return write_whole(path, _page_template("report.html.j2").render(
-        title=title, introduction=introduction, made=f"{made}; profile {about.get('profile', 'unknown')}",
+        title=title, introduction=introduction, made=made,
         chapters=[(s, [] if s.error else _exhibits_of(s, folder)) for s in sections], failed=[s for s in sections if s.error],
         differences=list(differences), about=[*_about(about), *(hardware() if machine is None else machine).items()],
         versions=(package_versions() if versions is None else versions).items(), configuration=_configuration(configuration, set(changed))))
