@@ -75,7 +75,8 @@ class Diagnosis:
 _SOURCES = {"celeba": "CelebA, aligned and cropped, from its authors: https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
             "utkface": "UTKFace, aligned and cropped, from its authors: https://susanqq.github.io/UTKFace/",
             "fairface": "FairFace, from its authors: https://github.com/joojs/fairface"}
-_FILES = {"celeba": "list_attr_celeba.txt, list_eval_partition.txt and img_align_celeba/", "utkface": "images named age_gender_race_date.jpg",
+_FILES = {"celeba": "list_attr_celeba.txt, list_eval_partition.txt and img_align_celeba/",
+          "utkface": "images named age_gender_race_date.jpg",
           "fairface": "fairface_label_train.csv and fairface_label_val.csv, or one labels.csv, with the columns file, age, gender and race"}
 
 

@@ -311,8 +311,9 @@ class Edit(ProtocolJob):
     def _edit(self, faces, pipe, guidance, file):
         s, edits, prompts = self.protocol.synthetic, self.protocol.edits, prompts_of(self.protocol.data, self.protocol.synthetic).groups
         edited = baselines.edit_protected(
-            faces, pipe, prompts, protected=self.towards, strength=edits.strength, guidance_scale=guidance, negative_prompt=s.negative_prompt,
-            steps=edits.denoising_steps, size=s.render_size, seed=s.seed, batch_size=s.batch, progress=False)
+            faces, pipe, prompts, protected=self.towards, strength=edits.strength, guidance_scale=guidance,
+            negative_prompt=s.negative_prompt, steps=edits.denoising_steps, size=s.render_size, seed=s.seed, batch_size=s.batch,
+            progress=False)
         labels = {"target": torch.tensor(edited.target), "protected": torch.tensor(edited.protected)}
         with whole_file(file) as aside:
             save_file({"images": edited.gather(slice(None)), **labels}, aside)

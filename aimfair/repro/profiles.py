@@ -31,7 +31,7 @@ class DataSettings(Settings):
     size: int = Field(64, ge=16, description="pixels of a side")
     n: int = Field(4000, ge=8, description="images of the biased training set")
     bias: float = Field(1 / 9, gt=0, le=1, description="minority : majority of the training set; 1/9 or 0.111")
-    majority: str = Field("", description="the frequent group of every class, such as Female_Black, Male_White; empty: the next one in order")
+    majority: str = Field("", description="the frequent group of every class, such as Female_Black, Male_White; empty: the next in order")
     bins: str = Field("", description="ages of UTKFace and FairFace by bins, such as 0-19, 20-39, 40+; empty: as their loaders have them")
     n_train: int = Field(7500, ge=8, description="images to choose the biased training set from, toy only; toy-utkface: images in all")
     n_val: int = Field(1000, ge=4, description="validation images, toy only")
