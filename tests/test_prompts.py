@@ -201,7 +201,24 @@ def test_one_task_of_few_details_ships_in_one_style():
         load_prompts("toy-gender-tone", "plain")
 
 
-@pytest.mark.parametrize("task, style", [c for c in CASES if c[0] != "toy-gender-tone" or c[1] == "contextual-pose"])
+SEVEN = ("Black", "East Asian", "Indian", "(Hispanic|Latin American)", "Middle Eastern", "Southeast Asian", "White")
+
+
+@pytest.mark.parametrize("style", PROMPT_STYLES)
+def test_frozen_sets_of_fourteen_groups(style):
+    "By an oracle of its own: every prompt says the group's gender and race, and no other's; contexts are the same in all groups."
+    frozen = load_prompts("fairface-gender-race", style)
+    assert list(frozen.groups) == [f"{t}_{p}" for t in (0, 1) for p in range(7)] and {len(set(p)) for p in frozen.groups.values()} == {50}
+    for group, prompts in frozen.groups.items():
+        t, p = map(int, group.split("_"))
+        own = re.compile(rf"\b{SEVEN[p]} {('female', 'male')[t]}\b")
+        assert all(len(own.findall(text)) == 1 and len(re.findall(r"\b(fe)?male\b", text)) == 1 for text in prompts)
+        assert not any(re.search(rf"\b{race}\b", own.sub("", text)) for text in prompts for race in SEVEN)
+    assert report(frozen).correlation < 0.1
+
+
+@pytest.mark.parametrize("task, style", [c for c in CASES if c[0] != "fairface-gender-race"
+                                         and (c[0] != "toy-gender-tone" or c[1] == "contextual-pose")])
 def test_frozen_sets(task, style):
     frozen = load_prompts(task, style)  # checks every prompt
     assert list(frozen.groups) == ["0_0", "0_1", "1_0", "1_1"] and {len(p) for p in frozen.groups.values()} == {50}

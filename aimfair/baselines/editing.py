@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .register import MethodSettings, baseline
 from ..core import Settings, progress_bar
 from ..data import Faces
-from ..groups import group_name
+from ..groups import group_name, parse_group
 from ..models import copy_model
 
 # %% ../../nbs/13_baselines/03_editing.ipynb #ac85cf9a
@@ -50,6 +50,11 @@ def _edit_seed(seed, face_id, protected):
     return np.random.SeedSequence([seed, zlib.crc32(face_id.encode()), protected])
 
 
+def _towards(prompts):
+    "The protected classes that prompts have; the first two where they are a function."
+    return (0, 1) if callable(prompts) else tuple(sorted({parse_group(g)[1] for g in prompts})) or (0, 1)
+
+
 def _prompt(prompts, target, protected, rng):
     "A prompt of the group (target, protected)."
     if callable(prompts):
@@ -63,14 +68,14 @@ def _prompt(prompts, target, protected, rng):
 def edit_plan(
     faces: Faces,  # only ids and targets are used
     prompts: Prompts,  # {"t_p": [prompts]}, or a function of target and protected class
-    *, protected: tuple[int, ...] = (0, 1),  # the classes that every face is edited towards
+    *, protected: tuple[int, ...] | None = None,  # the classes that every face is edited towards; None: all that prompts have
     strength: float | tuple[float, float] = EditSettings().strength,  # degree of the edit in [0, 1], or the range it is drawn from
     steps: int = EditSettings().denoising_steps,  # of a denoising from pure noise; an edit takes the share `strength` of them
     seed: int = 0,
 ) -> pd.DataFrame:  # one row an edit: row, id, target, protected, prompt, strength, steps, seed
     "What `edit_protected` will do to each face; an edit depends on the face's id and the seed alone. Raises `ValueError`."
     (low, high), plan = _strength_range(strength), []
-    for p in protected:
+    for p in _towards(prompts) if protected is None else protected:
         for row, (i, t) in enumerate(zip(faces.ids, faces.target, strict=True)):
             rng = np.random.default_rng(_edit_seed(seed, str(i), p))
             degree, own = float(rng.uniform(low, high)), int(rng.integers(2**62))
@@ -108,7 +113,7 @@ def edit_protected(
     faces: Faces,  # N real faces; their groups are never looked at
     pipeline,  # a Stable Diffusion pipeline of diffusers, in memory; left as it is
     prompts: Prompts,  # {"t_p": [prompts]}, or a function of target and protected class; the target's phrase belongs in each
-    *, protected: tuple[int, ...] = (0, 1),  # the classes that every face is edited towards
+    *, protected: tuple[int, ...] | None = None,  # the classes that every face is edited towards; None: all that prompts have
     strength: float | tuple[float, float] = EditSettings().strength,  # degree of the edit in [0, 1], or its range
     guidance_scale: float = 7.5,
     negative_prompt: str | None = None,

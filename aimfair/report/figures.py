@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 
 from ..core import shown_figure
-from ..groups import group_name
+from ..groups import Names, group_name
+from ..metrics import FEW
 from .drawing import COLOURS, COLUMN, check_scores, draw_legend, house_style, method_styles, panel_title
-from .scores import group_columns
+from .scores import group_columns, group_titles
 
 # %% ../../nbs/16_report/06_figures.ipynb #9165dff0
 def _curve_of(
@@ -120,9 +121,10 @@ _GROUP_MARKS = (("blue", "o", True), ("sky", "o", False), ("red", "s", True), ("
                 ("purple", "^", False), ("black", "D", True), ("grey", "D", False))
 
 
-def _default_name(group):
-    target, _, protected = group.partition("_")
-    return f"target {target}, protected {protected}"
+def _captions(groups, names, images):
+    "What each group is called, and of how many images it is where they are few."
+    titles, images = group_titles(groups, names), images or {}
+    return {g: f"{title} ({images[g]} images)" if images.get(g, FEW) < FEW else title for g, title in titles.items()}
 
 
 def _draw_groups(ax, mean, spread, names):
@@ -135,27 +137,72 @@ def _draw_groups(ax, mean, spread, names):
         colour = COLOURS[colour]
         ax.errorbar(mean[group], rows + lane, xerr=spread[group].fillna(0), fmt=marker, markersize=6.5, color=colour, elinewidth=1,
                     capsize=0, markerfacecolor=colour if filled else "white", markeredgewidth=1.4, zorder=3,
-                    label=names.get(group, _default_name(group)))
+                    label=names[group])
     ax.set_yticks(rows, list(map(str, mean.index)))
     ax.set_ylim(-0.6, len(mean) - 0.4)
 
 # %% ../../nbs/16_report/06_figures.ipynb #e220f516
+def _group_cell(ax, x, y, value, n, dark):
+    "One number of the sheet: percent, or of few images how many are right."
+    few = n is not None and n < FEW and np.isfinite(value)
+    if few:
+        ax.fill_between([x, x + 1], y, y + 1, color="white", edgecolor="#BBBBBB", linewidth=0.8)
+    text = f"{round(value * n / 100)} of {n}" if few else f"{value:.0f}" if np.isfinite(value) else "–"
+    ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=6.5 if few else 8, color="white" if dark and not few else "black")
+
+
+def _draw_sheet(ax, mean, captions, images):
+    "A row a group and a column a method, with a line between classes."
+    values = mean.to_numpy(dtype=float).T
+    low = min(np.nanmin(values), 95) if np.isfinite(values).any() else 0
+    ax.pcolormesh(np.nan_to_num(values, nan=100), cmap="YlOrRd_r", vmin=low, vmax=100, edgecolors="white", linewidth=0.6)
+    for (y, x), value in np.ndenumerate(values):
+        _group_cell(ax, x, y, value, images.get(mean.columns[y]), value < low + 0.3 * (100 - low))
+    classes = [g.partition("_")[0] for g in mean]
+    ax.hlines([i for i, c in enumerate(classes) if i and c != classes[i - 1]], 0, len(mean), color="black", linewidth=1)
+    ax.set_yticks(np.arange(len(captions)) + 0.5, list(captions.values()))
+    ax.set_xticks(np.arange(len(mean)) + 0.5, list(map(str, mean.index)), rotation=40, ha="right", rotation_mode="anchor")
+    ax.invert_yaxis()
+    ax.tick_params(length=0)
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+
+# %% ../../nbs/16_report/06_figures.ipynb #33ae37d8
+def _groups_in_lanes(mean, spread, captions):
+    "A figure with a row a method and a marker a group."
+    figure = shown_figure(figsize=(7.2, 1.3 + 0.42 * len(mean)))
+    ax = figure.subplots()
+    _draw_groups(ax, mean, spread, captions)
+    ax.set_xlabel("Accuracy (%)")
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+    figure.legend(loc="outside lower center", ncols=min(4, mean.shape[1]), frameon=False, handletextpad=0.2, columnspacing=1.4)
+    return figure
+
+
+def _groups_in_sheet(mean, captions, images):
+    "A figure with a row a group and a column a method."
+    longest = max(map(len, captions.values()))
+    figure = shown_figure(figsize=(max(4.0, 0.5 + 0.075 * longest + 0.55 * len(mean)), 1.5 + 0.24 * mean.shape[1]))
+    ax = figure.subplots()
+    _draw_sheet(ax, mean, captions, images)
+    ax.set_title("Accuracy (%), darker is worse", loc="left", fontsize=8.5)
+    return figure
+
+
 def plot_groups(
     per_seed: pd.DataFrame,  # scores in percent, indexed (method, seed), with group accuracies "T_P"
-    *, names: dict | None = None,  # {"T_P": name} for the legend
+    *, names: Names | Mapping[str, str] | None = None,  # words for classes and groups, or {"T_P": name}
+    images: Mapping[str, int] | None = None,  # {"T_P": test images}, from `group_images`: few are said, and counted instead of percent
     title: str = "",  # over the figure
 ):  # matplotlib Figure
-    "Accuracy of every group by method, mean and sample deviation over seeds, with the gap between worst and best group."
+    "Accuracy of every group by method: mean and sample deviation over seeds; of more than eight groups a sheet of the means."
     runs = per_seed[group_columns(per_seed)].groupby(level="method", sort=False)
-    mean = runs.mean()
+    mean, images = runs.mean(), dict(images or {})
+    captions = _captions(mean, names, images)
     with house_style():
-        figure = shown_figure(figsize=(7.2, 1.3 + 0.42 * len(mean)))
-        ax = figure.subplots()
-        _draw_groups(ax, mean, runs.std(ddof=1), names or {})
-        ax.set_xlabel("Accuracy (%)")
-        ax.grid(axis="y", visible=False)
-        ax.tick_params(axis="y", length=0)
-        figure.legend(loc="outside lower center", ncols=min(4, mean.shape[1]), frameon=False, handletextpad=0.2, columnspacing=1.4)
+        many = mean.shape[1] > len(_GROUP_MARKS)
+        figure = _groups_in_sheet(mean, captions, images) if many else _groups_in_lanes(mean, runs.std(ddof=1), captions)
         if title:
             figure.suptitle(title, fontsize=10.5)
     return figure
@@ -227,7 +274,7 @@ def _show_images(axes, paths, caption):
 def plot_samples(
     table: pd.DataFrame,  # face table: path, target, protected
     *, per_group: int = 8,  # images in a row, the first of each group
-    names: dict | None = None,  # {"T_P": caption}; default by number
+    names: Names | Mapping[str, str] | None = None,  # words for classes and groups, or {"T_P": caption}; default by number
     title: str = "",  # over the sheet
 ):  # matplotlib Figure
     "The first images of every group of a face table, a row a group."
@@ -238,8 +285,8 @@ def plot_samples(
         figure = shown_figure(figsize=(1.1 + 0.74 * per_group, 0.78 * len(groups) + (0.3 if title else 0.05)))
         figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
         for axes, (group, part) in zip(figure.subplots(len(groups), per_group, squeeze=False), groups, strict=True):
-            name = group_name(group)
-            _show_images(axes, part["path"], (names or {}).get(name, _default_name(name).replace(", ", ",\n")))
+            (name,) = group_titles([group_name(group)], names).values()
+            _show_images(axes, part["path"], name if "\n" in name else name.replace(", ", ",\n"))
         if title:
             figure.suptitle(title, fontsize=10)
     return figure

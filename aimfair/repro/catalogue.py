@@ -16,6 +16,7 @@ from typing import Any
 from ..baselines import BASELINES
 from ..core import unknown
 from .choices import ChooseK, Tune, Tuned
+from .images import Images, groups_in, names_in
 from .jobs import RULES, FineTune, Predict, Train, TrainBaseline, default_ks, n_tensors, with_settings
 from .profiles import Profile, Protocol, changed
 from .store import Job
@@ -273,12 +274,15 @@ def _celeba_comparison(p):
 
 
 def _no_celeba(p):
-    return "it is about CelebA's attributes, and the profile is about UTKFace" if p.data.is_utkface else None
+    about = {"utkface": "UTKFace", "fairface": "FairFace"}.get(p.data.layout)
+    return f"it is about CelebA's attributes, and the profile is about {about}" if about else None
 
 
 def _training_size(p):
+    classes = len(names_in(Images.of(p)).target)
+    sizes = {percent: classes * max(4, round(p.data.n * percent / (100 * classes))) for percent in (50, 25, 10)}
     return [case for percent in (100, 50, 25, 10)
-            for case in rows(PUBLISHED, f"{percent} %", {"data.n": 2 * max(4, round(p.data.n * percent / 200))} if percent < 100 else {})]
+            for case in rows(PUBLISHED, f"{percent} %", {"data.n": sizes[percent]} if percent < 100 else {})]
 
 
 def _no_utkface(p):
@@ -343,9 +347,9 @@ def _bias_ratio(p):
 
 
 def _synthetic_ratio(p):
-    per_group = {"1 : 4": 1 / 4, "1 : 2": 1 / 2, "1 : 1": 1, "3 : 2": 3 / 2}
-    return rows(["ERM"]) + [Case(name, "AIM-Fair", settings={"synthetic.per_group": max(1, round(x * p.data.n / 4))}, x=x)
-                            for name, x in per_group.items() if x * p.data.n / 4 <= p.synthetic.pool - p.synthetic.held_out]
+    ratios, equal = {"1 : 4": 1 / 4, "1 : 2": 1 / 2, "1 : 1": 1, "3 : 2": 3 / 2}, p.data.n / len(groups_in(Images.of(p)))
+    return rows(["ERM"]) + [Case(name, "AIM-Fair", settings={"synthetic.per_group": max(1, round(x * equal))}, x=x)
+                            for name, x in ratios.items() if x * equal <= p.synthetic.pool - p.synthetic.held_out]
 
 # %% ../../nbs/17_repro/06_catalogue.ipynb #45d72fd9
 EXPERIMENTS = {

@@ -23,12 +23,13 @@ import pandas as pd
 import torch
 
 from ..core import cores, in_words, user_path
-from ..data import celeba, on_disk, utkface
+from ..data import celeba, fairface, on_disk, utkface
 from ..device import pick_device
 from ..groups import biased_counts, biased_split
 from .catalogue import EXPERIMENTS, cases_of, rows
 from .costs import classifier_cost, generation_rate, generator_folder, parameters_in, training_rate
-from .images import ABOUT_SYNTHETIC, CELEBA_SPLITS, Images, data_folder, natural_sizes, prompts_of, split_in_order
+from .images import ABOUT_SYNTHETIC, CELEBA_SPLITS, Images, data_folder, groups_in, majority_of, natural_sizes, prompts_of
+from .images import split_in_order
 from .plan import Plan, n_models
 from .profiles import DataSettings, ModelSettings, Profile, SyntheticSettings, changed, load_profile, paper_seeds
 from .store import Store
@@ -72,7 +73,11 @@ class Diagnosis:
 
 # %% ../../nbs/17_repro/10_doctor.ipynb #ff8b3966
 _SOURCES = {"celeba": "CelebA, aligned and cropped, from its authors: https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
-            "utkface": "UTKFace, aligned and cropped, from its authors: https://susanqq.github.io/UTKFace/"}
+            "utkface": "UTKFace, aligned and cropped, from its authors: https://susanqq.github.io/UTKFace/",
+            "fairface": "FairFace, from its authors: https://github.com/joojs/fairface"}
+_FILES = {"celeba": "list_attr_celeba.txt, list_eval_partition.txt and img_align_celeba/",
+          "utkface": "images named age_gender_race_date.jpg",
+          "fairface": "fairface_label_train.csv and fairface_label_val.csv, or one labels.csv, with the columns file, age, gender and race"}
 
 
 def _set_folder(value, setting):
@@ -83,11 +88,12 @@ def _set_folder(value, setting):
 
 def _listed_images(data, root):
     "The face table that the annotations of a folder say, whether its images are there or not."
-    if data.is_utkface:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return utkface(root, target=data.target, protected=data.protected, seed=data.seed, find_copies=False)
-    return celeba(root, target=data.target, protected=data.protected)
+    if data.layout == "celeba":
+        return celeba(root, target=data.target, protected=data.protected)
+    load, more = (utkface, {"find_copies": False}) if data.is_utkface else (fairface, {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load(root, target=data.target, protected=data.protected, bins=data.bins or None, seed=data.seed, **more)
 
 # %% ../../nbs/17_repro/10_doctor.ipynb #2cdd9a4a
 def _split_row(table, official):
@@ -106,8 +112,9 @@ def _split_row(table, official):
 def _biased_row(table, data):
     "Whether the biased training set can be chosen."
     try:
-        biased_split(table, n=data.n, bias=data.bias)
-        return _row("training set", "ok", f"{data.n:,} images at bias {data.bias:.3g}")
+        biased_split(table, n=data.n, bias=data.bias, majority=data.majority or None)
+        frequent = f", most of them {data.majority}" if data.majority else ""
+        return _row("training set", "ok", f"{data.n:,} images at bias {data.bias:.3g}{frequent}")
     except ValueError as error:
         return _row("training set", "missing", error, "more images, or a smaller --set data.n=N")
 
@@ -116,7 +123,7 @@ def real_rows(data: DataSettings) -> list[dict]:
     "Rows about the real images."
     if data.kind.startswith("toy"):
         return [_row("data", "ok", "drawn faces, made on first use")]
-    source = _SOURCES["utkface" if data.is_utkface else "celeba"]
+    source = _SOURCES[data.layout]
     try:
         root = data_folder(data.root, "data.root")
     except FileNotFoundError as error:
@@ -124,13 +131,12 @@ def real_rows(data: DataSettings) -> list[dict]:
     try:
         listed = _listed_images(data, root)
     except (ValueError, FileNotFoundError) as error:
-        celeba_files = "list_attr_celeba.txt, list_eval_partition.txt and img_align_celeba/"
-        files = "images named age_gender_race_date.jpg" if data.is_utkface else celeba_files
-        return [_row("annotations", "missing", error, f"{files}; {source}")]
+        return [_row("annotations", "missing", error, f"{_FILES[data.layout]}; {source}")]
     there = on_disk(listed)
     state = "ok" if len(there) == len(listed) else "warning" if len(there) else "missing"
     images = _row("images", state, f"{len(there):,} of {len(listed):,} listed, in {root}", "" if state == "ok" else f"the others: {source}")
-    return [images, _split_row(there, None if data.is_utkface else CELEBA_SPLITS), _biased_row(there, data)] if len(there) else [images]
+    official = CELEBA_SPLITS if data.layout == "celeba" else None
+    return [images, _split_row(there, official), _biased_row(there, data)] if len(there) else [images]
 
 # %% ../../nbs/17_repro/10_doctor.ipynb #19f4fffb
 def variant_rows(profile: Profile) -> list[dict]:
@@ -211,8 +217,8 @@ def prompts_row(profile: Profile) -> dict:
 
 def pool_row(profile: Profile) -> dict:
     "Whether the synthetic pool is large enough for D_S1 and D_S2."
-    s = profile.synthetic
-    most = max(biased_counts(profile.data.n, profile.data.bias).values())
+    s, images = profile.synthetic, Images.of(profile)
+    most = max(biased_counts(profile.data.n, profile.data.bias, majority=majority_of(images), groups=groups_in(images)).values())
     found = f"{s.pool:,} images a group; D_S2 takes {s.per_group:,}, D_S1 up to {most:,}"
     if s.pool < s.per_group:
         return _row("synthetic set", "missing", found, f"--set synthetic.pool={max(most, s.per_group)}")

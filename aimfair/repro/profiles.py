@@ -23,7 +23,7 @@ from ..training import TrainConfig
 # %% ../../nbs/17_repro/01_profiles.ipynb #ce8c989f
 class DataSettings(Settings):
     "The real images."
-    kind: Literal["toy", "toy-utkface", "celeba", "utkface"] = Field(
+    kind: Literal["toy", "toy-utkface", "celeba", "utkface", "fairface"] = Field(
         "toy", description="toy: drawn faces in the photo style, laid out as CelebA is; toy-utkface: as UTKFace is")
     root: str = Field("", description="folder of the data set; environment variables are expanded; unused by toy")
     target: str = "Smiling"
@@ -31,17 +31,24 @@ class DataSettings(Settings):
     size: int = Field(64, ge=16, description="pixels of a side")
     n: int = Field(4000, ge=8, description="images of the biased training set")
     bias: float = Field(1 / 9, gt=0, le=1, description="minority : majority of the training set; 1/9 or 0.111")
+    majority: str = Field("", description="the frequent group of every class, such as Female_Black, Male_White; empty: the next in order")
+    bins: str = Field("", description="ages of UTKFace and FairFace by bins, such as 0-19, 20-39, 40+; empty: as their loaders have them")
     n_train: int = Field(7500, ge=8, description="images to choose the biased training set from, toy only; toy-utkface: images in all")
     n_val: int = Field(1000, ge=4, description="validation images, toy only")
     n_test: int = Field(3000, ge=4, description="test images, toy only")
     gap: float = Field(1.0, ge=0, le=3, description="of a drawn photo to the studio: 0 none, 1 that of real and generated faces; toy only")
-    seed: int = Field(0, description="of the drawn faces, and of UTKFace's split")
+    seed: int = Field(0, description="of the drawn faces, and of the split of UTKFace and FairFace")
 
     _ratio = field_validator("bias", mode="before")(parse_ratio)
 
     @property
+    def layout(self) -> Literal["celeba", "utkface", "fairface"]:
+        "How the images lie on disk, whether they are drawn or not."
+        return {"toy": "celeba", "toy-utkface": "utkface"}.get(self.kind, self.kind)
+
+    @property
     def is_utkface(self) -> bool:
-        return self.kind.endswith("utkface")
+        return self.layout == "utkface"
 
 # %% ../../nbs/17_repro/01_profiles.ipynb #52224d8d
 class SyntheticSettings(Settings):

@@ -17,11 +17,12 @@ import pandas as pd
 
 from ..baselines import BASELINES
 from ..finetuning import shortage
-from ..groups import group_name
+from ..groups import Names, group_name, group_sizes
+from ..report import few_note
 from . import jobs
 from .catalogue import find_method
 from .choices import ChooseK, Tune
-from .images import ABOUT_DATA, Images, ImageSets, about_synthetic
+from .images import ABOUT_DATA, Images, ImageSets, about_synthetic, groups_in, majority_of, names_in
 from .jobs import image_sets
 from .plan import Plan
 from .profiles import Protocol
@@ -131,6 +132,16 @@ class Results(Outcome):
         return about(self, variant)
 
     @property
+    def names(self) -> Names:
+        "Words for classes and groups, those of the first case."
+        return names_in(Images.of(self.protocols()[0]))
+
+    @property
+    def group_images(self) -> dict[str, int]:  # {"T_P": test images}
+        "How many test images each group has, in the first case."
+        return {group_name(g): n for g, n in group_sizes(self.sets().table("test")).items()}
+
+    @property
     def k(self) -> int:
         "Tensors that each ranking keeps, in the first case."
         return jobs.kept(self.protocols()[0])
@@ -158,7 +169,8 @@ def _shortages(results):
     if not any(c.method == "Data repairing" for c in results.cases):
         return []
     short = shortage(results.sets().train, results.sets().pool)
-    return ["data repairing ran short of images: " + ", ".join(f"{n} of group {group_name(g)}" for g, n in short.items())] if short else []
+    told = "; ".join(f"{n} of group {results.names.title(g)}" for g, n in short.items())
+    return [f"data repairing ran short of images: {told}"] if short else []
 
 # %% ../../nbs/17_repro/11_results.ipynb #472dc483
 def _budget(p):
@@ -181,6 +193,27 @@ def _standing_in(results, protocols):
             + ", ".join(dict.fromkeys(used))]
 
 # %% ../../nbs/17_repro/11_results.ipynb #90e17103
+def _frequent(protocol):
+    "Which groups the biased training set has most of, where there are more than two of each."
+    images = Images.of(protocol)
+    groups, names = groups_in(images), names_in(images)
+    frequent = " and ".join(names.title(g) for g in majority_of(images).items())
+    return f"of {len(groups)} groups, {frequent} are the frequent ones in training" if len(groups) > 4 else ""
+
+
+def _few(results, protocols):
+    "What is said beside figures that rest on few images."
+    if len(set(map(_test_set, protocols))) > 1 or not any(c.method for c in results.cases):
+        return []
+    images = Images.of(protocols[0])
+    test = image_sets(images, results.plan.store.root).table("test")
+    return [*filter(None, [few_note({group_name(g): n for g, n in group_sizes(test).items()}, names_in(images))])]
+
+
+def _test_set(protocol):
+    return protocol.data.kind, protocol.data.target, protocol.data.protected, protocol.data.bins
+
+
 def _how(results, protocols):
     "What a reader of a comparison has to know: budgets, choices, and who reads labels."
     shown = {c.label for c in results.cases}
@@ -204,6 +237,7 @@ def about(
     data = [*_shared(protocols, lambda p: ABOUT_DATA[p.data.kind], "{}"),
             *_shared(protocols, lambda p: f"{p.data.target} by {p.data.protected}", "{}"), f"{' and '.join(images)} images"]
     generators = _shared(protocols, lambda p: about_synthetic(p.synthetic), "{}") or [about_synthetic(results.profile.synthetic)]
-    extra = [*_how(results, protocols), *(f"{m} left out: {why}" for m, why in results.left_out.items()), *_shortages(results)]
+    rests_on = [*filter(None, _shared(protocols, _frequent, "{}")), *_few(results, protocols)]
+    extra = [*rests_on, *_how(results, protocols), *(f"{m} left out: {why}" for m, why in results.left_out.items()), *_shortages(results)]
     return {"profile": results.profile.name, "seeds": results.seeds, "data": ", ".join(data), "generator": generators[0],
             "extra": "; ".join(extra) or None}
