@@ -17,8 +17,8 @@ from .shell import choose, option, parse_settings, ratio, require
 from .shell import Device, Generator, Seed, Settings, Store, Style
 
 # %% auto #0
-__all__ = ['data_split', 'reproduce', 'status', 'doctor', 'debias', 'prompts_list', 'prompts_show', 'prompts_write',
-           'parse_filter', 'synthesize', 't2i_train', 't2i_sheet']
+__all__ = ['data_split', 'reproduce', 'status', 'doctor', 'debias', 'new_task', 'fix', 'prompts_list', 'prompts_show',
+           'prompts_write', 'parse_filter', 'synthesize', 't2i_train', 't2i_sheet']
 
 # %% ../../nbs/19_cli/03_commands.ipynb #0d327c7f
 _ATTRIBUTES = {"celeba": ("Smiling", "Male"), "utkface": ("gender", "ethnicity"), "fairface": ("gender", "race"), "folder": (None, None)}
@@ -236,6 +236,58 @@ def debias(
     require(model=model, real=real, synthetic=synthetic, val=val, out=out)
     from aimfair.debias import debias as run
     typer.echo(run(**given))
+
+# %% ../../nbs/19_cli/03_commands.ipynb #a5b271b5
+def _words(text):
+    "Words that commas divide."
+    words = [word.strip() for word in text.split(",")]
+    if len(words) < 2 or not all(words):
+        raise typer.BadParameter(f"{text!r}; expected two or more words such as female,male")
+    return words
+
+
+@app.command("new")
+def new_task(
+    task: Annotated[Path, typer.Argument(metavar="TASK", help="file to write, such as smiles.toml")],
+    real: Annotated[Path | None, option("PATH", "photos to learn from: a folder of classes, or a CSV  [required]")] = None,
+    val: Annotated[Path | None, option("PATH", "photos to choose the epoch by, likewise")] = None,
+    test: Annotated[Path | None, option("PATH", "photos with groups, for the report alone")] = None,
+    model: Annotated[str | None, option("NAME", "your classifier, as for debias")] = None,
+    weights: Annotated[Path | None, option("FILE", "its weights; hf/... has its own", exists=True)] = None,
+    image: Annotated[str | None, option("NAME", "of a CSV: column with the file names; by default guessed, as the others")] = None,
+    target: Annotated[str | None, option("NAME", "of a CSV: column with the class")] = None,
+    protected: Annotated[str | None, option("NAME", "of a CSV: column with the group")] = None,
+    classes: Annotated[str | None, option("A,B,...", "words of the classes in the order of the outputs, where labels are numbers",
+                                           parser=_words)] = None,
+    groups: Annotated[str | None, option("A,B,...", "words of the groups, where no label tells them", parser=_words)] = None,
+    generator: Annotated[str | None, option("NAME|FOLDER", "a diffusers folder, a hub id, openai:MODEL, or bundled, which draws toy faces")] = None,
+):
+    """Write a task file to start from.
+
+    Looks at the photos and the classifier, and asks nothing: what was found stands in comments, other choices are commented out. Then
+    `aimfair fix TASK.toml --out FOLDER --plan` says what is missing.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    require(real=real)
+    from aimfair.fix import new_task as run
+    typer.echo(run(given.pop("task"), **given))
+
+# %% ../../nbs/19_cli/03_commands.ipynb #f24c5f6c
+@app.command()
+def fix(
+    task: Annotated[Path, typer.Argument(metavar="TASK", help="task file, which aimfair new writes")],
+    out: Annotated[Path | None, option("FOLDER", "folder of the result  [required]", file_okay=False)] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="look at everything, and tell steps, time and room; nothing is done")] = False,
+    device: Device = None,
+):
+    """Go the whole way: prompts, images, a fairer classifier, a report.
+
+    One file names the classifier, the photos, the task in words and the generator. All of it is looked at before the first long step.
+    FOLDER then holds model, report.html, README.md (the card), prompts.json and images. The same command goes on where it was stopped.
+    """
+    require(out=out)
+    from aimfair.fix import fix as run, plan_fix
+    typer.echo(plan_fix(task, out, device=device) if plan else run(task, out, device=device))
 
 # %% ../../nbs/19_cli/03_commands.ipynb #235e77e2
 @prompts_app.command("list")
