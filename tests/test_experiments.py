@@ -465,7 +465,7 @@ class TestPlan:
             make_plan("toy", ["prompt_strategies"], settings=TINY, store=tmp_path)
 
     def test_too_few_synthetic_images_are_told_before_anything_is_made(self, tmp_path):
-        with pytest.raises(ValueError, match="synthetic.per_group is 1000, but group 0_0 of the synthetic images has 500"):
+        with pytest.raises(ValueError, match="per_group is 1000, but group not Smiling, not Male of the synthetic images has 500"):
             make_plan("toy", settings={"synthetic.pool": 600, "synthetic.held_out": 100}, store=tmp_path)
         assert list(tmp_path.iterdir()) == []
 
@@ -478,6 +478,130 @@ class TestPlan:
         assert missing.why[missing.stage == "predictions"].str.contains("first finetune").all()
         assert (frame.why[(frame.state == "done") & (frame.stage == "train")] == "layer_sensitivity").all()
         assert set(frame.what[frame.state == "unused"]) >= {"linear_probe, seed 100", "full, seed 100"}
+
+
+RACES = ("Black", "East Asian", "Indian", "Latino_Hispanic", "Middle Eastern", "Southeast Asian", "White")
+
+
+def as_fairface(root, n=1300, n_races=7, size=24):
+    "Pictures labelled as FairFace's are: gender and age colour the left half, race the whole."
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir(parents=True)
+    rows = []
+    for i in range(n):
+        gender, race, age = rng.integers(2), rng.integers(n_races), rng.integers(3)
+        pixels = rng.normal(110 + 20 * gender - 15 * (race % 3), 35, (size, size, 3))
+        pixels[:, :size // 2, 0] += 25 * gender + 10 * age
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / "images" / f"{i}.png")
+        rows.append((f"images/{i}.png", ("3-9", "20-29", "50-59")[age], ("Female", "Male")[gender], RACES[race]))
+    pd.DataFrame(rows, columns=["file", "age", "gender", "race"]).to_csv(root / "labels.csv", index=False)
+    return root
+
+
+MANY = {k: v for k, v in TINY.items() if not k.startswith("data.n_")} | {
+    "data.size": 24, "data.n": 112, "data.bias": 1 / 4, "synthetic.kind": "rest", "synthetic.pool": 20, "synthetic.per_group": 8,
+    "synthetic.held_out": 4, "model.name": "toy_resnet18", "train.epochs": 1}
+AGES = {"data.target": "age", "data.protected": "race", "data.bins": "0-19, 20-39, 40+",
+        "data.majority": "0-19_Black, 20-39_Indian, 40+_Latino_Hispanic", "data.n": 111}
+ALL = tuple(m for m in METHODS if m != "DiGA-style" and not m.startswith(("Random 4", "Random 5", "Random 7", "Only", "All but")))
+
+
+@pytest.fixture(scope="module")
+def fourteen(tmp_path_factory):
+    return as_fairface(tmp_path_factory.mktemp("fairface"))
+
+
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory):
+    return as_fairface(tmp_path_factory.mktemp("fairface"), n_races=4)
+
+
+class TestManyGroups:
+    "Two classes by seven groups, three by four, through every strategy and method."
+
+    @pytest.mark.parametrize("faces, settings, names", [
+        ("fourteen", {}, ("ERM", "AIM-Fair", "DFR")), ("twelve", AGES, ("ERM", "AIM-Fair", "Group DRO")),
+        pytest.param("fourteen", {}, ALL, marks=pytest.mark.slow), pytest.param("twelve", AGES, ALL, marks=pytest.mark.slow)])
+    def test_every_method_works_or_says_why_not(self, faces, settings, names, tmp_path, request):
+        given = MANY | settings | {"data.root": str(request.getfixturevalue(faces))}
+        n_classes, n_groups = {"fourteen": (2, 7), "twelve": (3, 4)}[faces]
+        with pytest.raises(ValueError, match="DiGA-style: edits faces with a generator"):
+            run("fairface64", ["DiGA-style"], seeds=1, settings=given, store=tmp_path, workers=1, progress=False)
+        done = run("fairface64", names, seeds=1, settings=given, store=tmp_path, workers=1, progress=False)
+        sets, shown = done.sets(), {f"{m} †" if METHODS[m].reads_labels else m for m in names}
+        assert set(done.predictions.method) == shown and (len(done.names.target), len(done.names.protected)) == (n_classes, n_groups)
+        logits = done.predictions.filter(regex="^logit")
+        assert logits.shape[1] == (1 if n_classes == 2 else 3) and np.isfinite(logits.to_numpy()).all()
+        assert set(done.predictions.prediction) <= set(range(n_classes))
+        groups = {(t, p) for t in range(n_classes) for p in range(n_groups)}
+        sizes, per_group = group_sizes(sets.train), given["synthetic.per_group"]
+        assert set(sizes) == groups and given["data.n"] - n_groups * n_classes < sum(sizes.values()) <= given["data.n"]
+        assert group_sizes(balanced_synthetic(sets)) == dict.fromkeys(sorted(groups), per_group)
+        assert not set(sets.train.ids) & (set(sets.pool.ids) | set(sets.held_out.ids))
+        frequent = {(0, 0), (1, 6)} if n_classes == 2 else {(0, 0), (1, 2), (2, 3)}
+        biased = group_sizes(biased_synthetic(sets, done.profile.protocol))
+        for counts in (sizes, biased):  # by an oracle of its own: the frequent group of each class, and the others at a quarter of it
+            assert {g for g, n in counts.items() if n == max(counts.values())} == frequent
+            assert all(abs(n - max(counts.values()) / 4) <= 1.5 for g, n in counts.items() if g not in frequent)
+        told = done.about()["extra"]
+        assert f"of {n_groups * n_classes} groups" in told and all(done.names.title(g) in told for g in frequent)
+
+    def test_what_cannot_be_is_told_before_anything_is_made(self, fourteen, tmp_path):
+        given = MANY | {"data.root": str(fourteen)}
+        for settings, words in [
+                ({"data.majority": "Female_Black"}, "exactly one group of each target"),
+                ({"data.majority": "Female_Blue, Male_White"}, "Female_East Asian"),
+                ({"data.target": "hair"}, "unknown attribute 'hair'|no attribute 'hair'"),
+                ({"data.n": 4000}, "the largest n that fits"),
+                ({"synthetic.per_group": 90}, "of the synthetic images has .* set it to at most"),
+                ({"synthetic.kind": "studio"}, "studio, whose images have CelebA's attributes"),
+                ({"synthetic.kind": "generated", "synthetic.prompts": "utkface-gender-ethnicity"}, "of 4 groups, the real ones of 14"),
+                ({"data.bins": "0-19, 20-39", "data.target": "age"}, "lies in none of the bins")]:
+            with pytest.raises((ValueError, FileNotFoundError), match=words):
+                run("fairface64", settings=given | settings, store=tmp_path / "none", workers=1, progress=False)
+        assert not (tmp_path / "none" / "train").exists()
+
+    def test_synthetic_images_in_words_are_numbered_as_the_real_ones(self, fourteen, tmp_path):
+        "A folder whose words stand in another order than those of the labels."
+        from PIL import Image
+        for gender in ("male", "female"):
+            for i, race in enumerate(reversed(RACES)):
+                (tmp_path / "made" / gender / race).mkdir(parents=True)
+                for j in range(3):
+                    Image.new("RGB", (24, 24), (30 * i, 100 * (gender == "male"), 80 * j)).save(tmp_path / f"made/{gender}/{race}/{j}.png")
+        given = MANY | {"data.root": str(fourteen), "synthetic.kind": "groups", "synthetic.root": str(tmp_path / "made"),
+                        "synthetic.per_group": 2, "synthetic.held_out": 1}
+        sets = ImageSets(Images.of(load_profile("fairface64", given).protocol), Store(tmp_path / "runs"))
+        for row in sets.synthetic.itertuples():
+            gender, race, _ = row.id.split("/")
+            assert (("Female", "Male")[row.target].lower(), RACES[row.protected]) == (gender, race)
+        assert group_sizes(balanced_synthetic(sets)) == {(t, p): 2 for t in (0, 1) for p in range(7)}
+
+    @given(st.integers(2, 4), st.integers(2, 8), st.floats(0.05, 1), st.integers(0, 10_000))
+    def test_validation_by_the_bias_of_the_training_set(self, n_classes, n_groups, bias, seed):
+        "The biased rule weighs groups as the training set does, whatever their number."
+        from aimfair.data import Faces
+        from aimfair.repro import validation_criteria
+        rng = np.random.default_rng(seed)
+        cells = [(t, p) for t in range(n_classes) for p in range(n_groups)]
+        target, protected = np.array(cells * 3).T
+        majority = {t: int(rng.integers(n_groups)) for t in range(n_classes)}
+        logits = rng.normal(size=(len(target), 1 if n_classes == 2 else n_classes))
+        faces = Faces.from_arrays(np.zeros((len(target), 3, 8, 8), np.uint8), target, protected=protected)
+        rules = validation_criteria(faces, bias, majority)
+        predicted = (logits[:, 0] > 0).astype(int) if n_classes == 2 else logits.argmax(1)
+        right = {g: np.mean([p == g[0] for p, t, q in zip(predicted, target, protected, strict=True) if (t, q) == g]) for g in cells}
+        weight = {(t, p): 1 if majority[t] == p else bias for t, p in cells}
+        assert rules["labels"](logits) == pytest.approx(min(right.values()))
+        assert rules["biased"](logits) == pytest.approx(sum(weight[g] * right[g] for g in cells) / sum(weight.values()))
+
+    def test_classes_and_groups_are_planned_without_the_images(self, tmp_path):
+        plan, left_out = make_plan("fairface64", ["celeba_training_size", "ablation_synthetic_ratio"], store=tmp_path, check=False,
+                                   settings=AGES | {"data.root": "/nowhere", "data.majority": "", "data.n": 2997})
+        sizes = {case.settings.get("data.n", 2997) for case in plan.cases["celeba_training_size"]}
+        assert len(sizes) == 4 and all(n % 3 == 0 for n in sizes)
+        assert [c.settings["synthetic.per_group"] for c in plan.cases["ablation_synthetic_ratio"][1:]] == [36, 71, 143, 214]
 
 
 class TestNotebookParameters:
@@ -651,7 +775,7 @@ def test_kill_nine_at_five_random_moments_changes_no_byte(tmp_path):
     process = _reproduce(broken)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert _tables(broken) == _tables(whole) and len(_tables(whole)) == 9
+    assert _tables(broken) == _tables(whole) and len(_tables(whole)) == 12
 
 
 @pytest.mark.slow
@@ -763,7 +887,7 @@ def test_two_at_once_on_one_store_both_end_right(tmp_path):
     both = [_reproduce(tmp_path), _reproduce(tmp_path, "--out", second / "out")]
     errors = [p.communicate()[1] for p in both]
     assert [p.returncode for p in both] == [0, 0], errors
-    assert _tables(tmp_path) == _tables(second) and len(_tables(second)) == 9
+    assert _tables(tmp_path) == _tables(second) and len(_tables(second)) == 12
     assert not list(tmp_path.glob("runs/*/*.partial"))
 
 

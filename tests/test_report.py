@@ -21,9 +21,11 @@ from sklearn.metrics import accuracy_score
 
 import aimfair
 from aimfair import report
+from aimfair.groups import Names
 from aimfair.report import (
     Claim,
     DifferenceTable,
+    GroupTable,
     PairedRuns,
     PlainTable,
     ResultTable,
@@ -33,6 +35,8 @@ from aimfair.report import (
     check_claims,
     compare,
     distinct_best,
+    few_note,
+    group_images,
     hardware,
     images_needed,
     package_versions,
@@ -367,6 +371,63 @@ def test_difference_table(scores, tmp_path):
     text = table.to_latex()
     assert "{[}" in text and "−" not in text
     assert len(table.write(tmp_path / "d")) == 3
+
+
+SEVEN = Names(("Female", "Male"), ("Black", "East Asian", "Indian", "Latino_Hispanic", "Middle Eastern", "Southeast Asian", "White"))
+
+
+@pytest.mark.parametrize("seeds", [(100,), (100, 200)])
+def test_a_table_of_many_groups_has_them_as_rows_and_counts_few_images(seeds, tmp_path):
+    predictions = simulate(["ERM", "AIM-Fair"], seeds=seeds, n=700, n_groups=7)
+    few = predictions.id.isin(predictions.id[(predictions.target == 1) & (predictions.protected == 4)].unique()[11:])
+    predictions = predictions[~few]
+    images = group_images(predictions)
+    assert images["1_4"] == 11 and sum(images.values()) == predictions.id.nunique()
+    table = GroupTable(summarize(per_seed(predictions)), images, names=SEVEN, caption="c", note="Profile x.")
+    assert table.header() == ["Group", "Images", "ERM", "AIM-Fair"] and len(table.rows()) == 14
+    right = predictions.assign(right=(predictions.logit > 0) == predictions.target)
+    for (name, cells), (group, n) in zip(table.rows(), images.items(), strict=True):
+        t, p = map(int, group.split("_"))
+        assert name == f"{SEVEN.target[t]}, {SEVEN.protected[p]}" and cells[0].value == str(n)
+        for method, cell in zip(["ERM", "AIM-Fair"], cells[1:], strict=True):
+            share = right[(right.method == method) & (right.target == t) & (right.protected == p)].groupby("seed").right.mean().mean()
+            assert cell.value == (f"{100 * share:.1f}" if n >= 30 else f"{round(11 * share, 1):g} of 11")
+    for place in (1, 2):
+        assert sum(cells[place].spread == "(worst)" for _, cells in table.rows()) >= 1
+    assert table.note == f"Profile x; {few_note(images, SEVEN)}." and "Male, Middle Eastern (11)" in table.note
+    assert "%" not in few_note(images, SEVEN) and len(table.write(tmp_path / "t")) == 3
+
+
+def test_many_groups_are_a_sheet_that_fits_its_figure():
+    "Every number and every name lies inside the figure; names do not overlap."
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    names = [*NAMES, "CVaR DRO", "MAPLE-style", "JTT + synthetic", "DFR, synthetic groups †"]
+    predictions = simulate(names, seeds=(100,), n=900, n_groups=7)
+    scores, images = per_seed(predictions), group_images(predictions) | {"0_3": 11}
+    figure = plot_groups(scores, names=SEVEN, images=images)
+    figure.draw_without_rendering()
+    ax, renderer = figure.axes[0], FigureCanvasAgg(figure).get_renderer()
+    rows = ax.get_yticklabels()
+    assert [t.get_text() for t in rows][3:5] == ["Female, Latino_Hispanic (11 images)", "Female, Middle Eastern"]
+    boxes = [t.get_window_extent(renderer) for t in rows]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1:])
+    for text in [*rows, *ax.get_xticklabels(), *ax.texts]:
+        box = text.get_window_extent(renderer)
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+    shown = np.reshape([t.get_text() for t in ax.texts], (14, 11))
+    assert all(cell.endswith(" of 11") for cell in shown[3])
+    assert shown[4].tolist() == [f"{v:.0f}" for v in scores["0_4"]]
+    assert plot_groups(per_seed(simulate())).legends and not figure.legends
+
+
+def test_sample_sheets_name_many_groups(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    table = pd.DataFrame([{"path": tmp_path / "a.png", "target": t, "protected": p} for t in (0, 1) for p in range(7)])
+    figure = plot_samples(table, per_group=2, names=SEVEN)
+    assert [t.get_text() for ax in figure.axes for t in labels_of(ax)][-1] == "Male,\nWhite"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from ..core import shown_figure
 from ..groups import Names, group_name
 from ..metrics import FEW
 from .drawing import COLOURS, COLUMN, check_scores, draw_legend, house_style, method_styles, panel_title
-from .scores import group_columns, group_titles
+from .scores import counted, group_columns, group_titles
 
 # %% ../../nbs/16_report/06_figures.ipynb #9165dff0
 def _curve_of(
@@ -147,7 +147,7 @@ def _group_cell(ax, x, y, value, n, dark):
     few = n is not None and n < FEW and np.isfinite(value)
     if few:
         ax.fill_between([x, x + 1], y, y + 1, color="white", edgecolor="#BBBBBB", linewidth=0.8)
-    text = f"{round(value * n / 100)} of {n}" if few else f"{value:.0f}" if np.isfinite(value) else "–"
+    text = counted(value, n) if few else f"{value:.0f}" if np.isfinite(value) else "–"
     ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=6.5 if few else 8, color="white" if dark and not few else "black")
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HIGHER_IS_BETTER', 'SCORES', 'SCORE_WORDS', 'AGGREGATIONS', 'per_seed', 'group_columns', 'group_images',
-           'group_titles', 'few_note', 'summarize', 'holm', 'compare', 'PairedRuns', 'visible_difference',
+           'group_titles', 'counted', 'few_note', 'summarize', 'holm', 'compare', 'PairedRuns', 'visible_difference',
            'images_needed', 'signed', 'sentence', 'best_sentence', 'span_sentence', 'Claim', 'check_claims',
            'distinct_best']
 
@@ -108,6 +108,14 @@ def group_titles(
     if isinstance(names, Names):
         return {g: names.title(parse_group(g)) if names != Names() else by_number(g) for g in groups}
     return {g: (names or {}).get(g) or by_number(g) for g in groups}
+
+
+def counted(
+    percent: float,  # accuracy, of one run or on average over seeds
+    n: int,  # images
+) -> str:  # "9 of 11"; over seeds "8.5 of 11"
+    "How many images are right, as it is said of few."
+    return f"{round(percent * n / 100, 1):g} of {n}"
 
 
 def few_note(

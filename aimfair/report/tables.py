@@ -17,7 +17,7 @@ from ..core import write_whole
 from ..groups import Names
 from ..metrics import FEW
 from .formats import Cell, TableText, table_html, table_latex, table_markdown
-from .scores import AGGREGATIONS, HIGHER_IS_BETTER, SCORES, few_note, group_columns, group_titles, signed
+from .scores import AGGREGATIONS, HIGHER_IS_BETTER, SCORES, counted, few_note, group_columns, group_titles, signed
 
 # %% ../../nbs/16_report/03_tables.ipynb #8ed3b7ea
 def write_csv(
@@ -235,7 +235,7 @@ class GroupTable(Table):
     def _cell(self, value, n, worst):
         if np.isnan(value):
             return Cell("–")
-        text = f"{round(value * n / 100)} of {n}" if n < FEW else f"{value:.{self.digits}f}"
+        text = counted(value, n) if n < FEW else f"{value:.{self.digits}f}"
         return Cell(text, "(worst)" if worst else "")
 
     def rows(self) -> list[tuple[str, list[Cell]]]:  # (group, its cells) for each row
