@@ -45,7 +45,7 @@ def guess_columns(
     image = given.get("image") or next((c for c in names if frame[c].dropna().map(is_image).mean() > 0.9), None)
     if image is None:
         raise DataError(f"{file}: no column holds names of images; there are {listed(names)}")
-    few = [c for c in names if c != image and 2 <= frame[c].nunique() <= _MOST_CLASSES]
+    few = [c for c in names if c != image and 2 <= frame[c].nunique() <= min(_MOST_CLASSES, len(frame) // 2)]
     target = given.get("target") or _first(few, _NAMED["target"], frame, words)
     others = [c for c in few if c != target and c.lower() not in ("split", "part", "partition", "fold")]
     return {"image": image, "target": target, "protected": given.get("protected") or _first(others, _NAMED["protected"], frame, ())}, few
