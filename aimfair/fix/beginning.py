@@ -11,12 +11,14 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..core import DataError, listed, one_line, user_path, write_whole
 from ..groups import in_order, names_of, plain
 from ..data import faces_table, is_image
 from ..data.reading import encoding_of, header
+from .settings import class_in_words
 from ..prompts.wording import word_bank
 from ..models import class_names_of, image_size, model_from, pixels_of
 
@@ -45,7 +47,7 @@ def guess_columns(
     image = given.get("image") or next((c for c in names if frame[c].dropna().map(is_image).mean() > 0.9), None)
     if image is None:
         raise DataError(f"{file}: no column holds names of images; there are {listed(names)}")
-    few = [c for c in names if c != image and 2 <= frame[c].nunique() <= _MOST_CLASSES]
+    few = [c for c in names if c != image and 2 <= frame[c].nunique() <= min(_MOST_CLASSES, len(frame) // 2)]
     target = given.get("target") or _first(few, _NAMED["target"], frame, words)
     others = [c for c in few if c != target and c.lower() not in ("split", "part", "partition", "fold")]
     return {"image": image, "target": target, "protected": given.get("protected") or _first(others, _NAMED["protected"], frame, ())}, few
@@ -61,8 +63,10 @@ def _sizes(paths, most: int = 50):
                 seen.append(image.size)
         except OSError:
             continue
-    (w, h), (wide, high) = (tuple(f(axis) for axis in zip(*seen, strict=True)) for f in (min, max)) if seen else ((0, 0), (0, 0))
-    return "none of those tried can be read" if not seen else f"{w} x {h} pixels" + ("" if (w, h) == (wide, high) else f" to {wide} x {high}")
+    if not seen:
+        return "none of those tried can be read"
+    (w, h), (wide, high) = (tuple(f(axis) for axis in zip(*seen, strict=True)) for f in (min, max))
+    return f"{w} x {h} pixels" + ("" if (w, h) == (wide, high) else f" to {wide} x {high}")
 
 
 def look_at(
@@ -82,7 +86,7 @@ def look_at(
             counts = table[kind].value_counts().sort_index()
             words = getattr(names, kind)
             told.append(", ".join(f"{n} {'of unknown group' if i < 0 else words[i] if words else i}" for i, n in counts.items()))
-    others = [c for c in few if c not in columns.values()]
+    others = [c for c in few if c not in (columns["image"], columns["target"], *np.atleast_1d(columns["protected"]))]
     more = f"; other columns: {', '.join(others)}" if others else ""
     return table, columns, f"{len(table)} images, {_sizes(table['path'].tolist())}: {'; '.join(told)}{more}"
 
@@ -104,7 +108,7 @@ def relative(
 def _model_lines(model, weights, place):
     "The table [model], and the classifier's own words for its classes."
     lines = ["[model]", f"name = {json.dumps(relative(model, place))}" if model else
-             '# name = "net.py:build"  # your classifier: resnet18, timm/NAME, hf/NAME, hf/FOLDER, package.module:function, FILE.py:function']
+             '# name = "net.py:build"  # classifier: resnet18, timm/NAME, hf/NAME or FOLDER, package.module:function, FILE.py:function']
     lines.append(f"weights = {json.dumps(relative(weights, place))}" if weights else
                  '# weights = "biased.safetensors"  # its weights, head included: .safetensors, .pth, .bin; hf/... has its own')
     own = None
@@ -112,31 +116,32 @@ def _model_lines(model, weights, place):
         try:
             network = model_from(model, weights)
             own = class_names_of(network)
-            lines.insert(1, f"# {type(network).__name__}, {sum(p.numel() for p in network.parameters()):,} parameters, sees {image_size(network)} pixels, "
-                            f"{pixels_of(network)}" + (f"; its classes: {', '.join(own)}" if own else ""))
+            n, size = sum(p.numel() for p in network.parameters()), image_size(network)
+            called = f"; its classes: {', '.join(own)}" if own else ""
+            lines.insert(1, f"# {type(network).__name__}, {n:,} parameters, sees {size} pixels, {pixels_of(network)}{called}")
         except (ValueError, OSError) as error:
             lines.insert(1, f"# not looked at: {one_line(error)}")
     return [*lines, "# size = 224  # pixels of a side that it sees; by default what it is known for",
-            "# mean = [0.485, 0.456, 0.406]  # its normalisation of pixels in [0, 1]; by default what its library says, else it sees [-1, 1]",
+            "# mean = [0.485, 0.456, 0.406]  # its normalisation of pixels in [0, 1]; by default its library's, else it sees [-1, 1]",
             "# std = [0.229, 0.224, 0.225]"], own
 
 # %% ../../nbs/18_fix/06_beginning.ipynb #539e2c2d
 def _class_line(word):
     "A class in TOML, with the phrases that prompts will have."
-    known = next((c for name, c in word_bank("classes").items() if plain(name) == plain(word)), None)
-    if known is not None:
-        return f"  {json.dumps(word, ensure_ascii=False)},  # said as: {', '.join(known['phrases'])}"
-    said = json.dumps([word.replace("_", " ")], ensure_ascii=False)
-    return f"  {{name = {json.dumps(word, ensure_ascii=False)}, phrases = {said}}},  # say it as a prompt would: a few words that can be drawn"
+    quoted, phrases = json.dumps(word, ensure_ascii=False), class_in_words(word)["phrases"]
+    if any(plain(name) == plain(word) for name in word_bank("classes")):
+        return f"  {quoted},  # said as: {', '.join(phrases)}"
+    said = json.dumps(list(phrases), ensure_ascii=False)
+    return f"  {{name = {quoted}, phrases = {said}}},  # say it as a prompt would: a few words that can be drawn"
 
 
 def _attribute_lines(kind, name, words):
     "The table of one attribute; commented where its classes are not known."
     if words:
-        lines = [f"[task.{kind}]", f"name = {json.dumps(name, ensure_ascii=False)}", "classes = [", *map(_class_line, words), "]"]
-        return lines
+        return [f"[task.{kind}]", f"name = {json.dumps(name, ensure_ascii=False)}", "classes = [", *map(_class_line, words), "]"]
     known = listed([name for name in word_bank("classes")], 10)
-    return [f"# [task.{kind}]  # needed: the groups in words; known to prompts are {known}", f'# name = "{name}"', '# classes = ["female", "male"]']
+    return [f"# [task.{kind}]  # needed: the groups in words; known to prompts are {known}", f'# name = "{name}"',
+            '# classes = ["female", "male"]']
 
 # %% ../../nbs/18_fix/06_beginning.ipynb #cf41a9ab
 _REST = """\
@@ -188,16 +193,22 @@ def _photo_lines(sources, columns, place):
             "# classes = [...]  # in the order of the classifier's outputs; by default its own words, else as under [task.target]"]
 
 # %% ../../nbs/18_fix/06_beginning.ipynb #9d36a692
+def _several(column):
+    "A column's name, or those of several, in words."
+    return column if isinstance(column, str) or column is None else " and ".join(column)
+
+# %% ../../nbs/18_fix/06_beginning.ipynb #0d36807f
 def _task_lines(tables, columns, own, classes, groups, drawn):
     "The task in words: the classifier's own first, else those of the labels."
     found = [names_of(t) for t in tables]
     target = in_order(w for names in found for w in names.target or ())
     target = classes or (own if own and {*map(plain, own)} >= {*map(plain, target)} else target)
     protected = groups or in_order(w for names in found for w in names.protected or ())
-    called = {kind: columns.get(kind) or kind for kind in ("target", "protected")}
-    called = {"target": "class", "protected": "group"} | {kind: name for kind, name in called.items() if name != kind}
-    world = 'world = "drawn"  # the few words that the bundled generator knows' if drawn else '# world = "drawn"  # with the bundled generator'
-    return ["[task]  # the classes in the order of the classifier's outputs, in the words of the labels, and how prompts say them", world, "",
+    called = {"target": "class", "protected": "group"} | {kind: _several(columns.get(kind)) for kind in ("target", "protected")
+                                                          if columns.get(kind) not in (None, kind)}
+    world = '# world = "drawn"  # with the bundled generator, which knows few words'
+    return ["[task]  # the classes in the order of the classifier's outputs, in the words of the labels, and how prompts say them",
+            world.removeprefix("# ") if drawn else world, "",
             *_attribute_lines("target", called["target"], target), "", *_attribute_lines("protected", called["protected"], protected)]
 
 # %% ../../nbs/18_fix/06_beginning.ipynb #eefe28bc
@@ -236,7 +247,7 @@ def new_task(
     weights: str | Path | None = None,
     image: str | None = None,  # columns of a CSV; None: guessed
     target: str | None = None,
-    protected: str | None = None,
+    protected: str | list[str] | None = None,  # a column or several, also divided by commas
     classes: Iterable[str] | None = None,  # words in the order of the model's outputs; None: the model's own, or those of the labels
     groups: Iterable[str] | None = None,  # words of the groups; None: those of the labels
     generator: str = _GENERATOR,
@@ -247,5 +258,6 @@ def new_task(
     if file.exists():
         raise FileExistsError(f"{file} exists already; name another file, or remove it")
     photos = {name: source for name, source in (("real", real), ("val", val), ("test", test)) if source is not None}
-    looked = _looked_at(photos, image=image, target=target, protected=protected)
+    several = [c.strip() for c in protected.split(",")] if isinstance(protected, str) and "," in protected else protected
+    looked = _looked_at(photos, image=image, target=target, protected=several)
     return write_whole(file, "\n".join(_file_lines(looked, photos, file.parent, model, weights, classes, groups, generator)))

@@ -70,7 +70,8 @@ def _check_words(name, table, task):
         if kind not in table:
             continue
         if there and (strange := [word for word in there if plain(word) not in set(map(plain, known))]):
-            raise DataError(f"[photos] {name}: {unknown('class' if kind == 'target' else 'group', strange[0], known)}, the classes of [task.{kind}]")
+            told = unknown("class" if kind == "target" else "group", strange[0], known)
+            raise DataError(f"[photos] {name}: {told}, the classes of [task.{kind}]")
         if not there and table[kind].max() >= len(known):
             raise DataError(f"[photos] {name}: {kind} {table[kind].max()} is none of the {len(known)} classes of [task.{kind}], "
                             f"{listed(known)}, counted from 0")
@@ -132,7 +133,8 @@ def network_of(
             raise FileNotFoundError(f"weights: no such file {beside(base, m.weights)}")
         model = model_from(model_beside(base, m.name), None if m.weights is None else beside(base, m.weights))
         size = image_size(model) if m.size is None else m.size
-        some = load_faces(real.iloc[np.linspace(0, len(real) - 1, min(32, len(real)), dtype=int)].reset_index(drop=True), size=size, cache=cache)
+        rows = real.iloc[np.linspace(0, len(real) - 1, min(32, len(real)), dtype=int)].reset_index(drop=True)
+        some = load_faces(rows, size=size, cache=cache)
         where = pick_device(device)
         adapted = adapt(model, some, n_classes, pixels_of(model, m.mean, m.std), where)
         seconds = _seconds_a_look(adapted.model.eval(), some, where)
@@ -150,8 +152,8 @@ def _unread(words, folder: Path) -> list[str]:
 
 def _check_vocabulary(name, folder, task):
     if name == "bundled" and not task.closed:
-        raise DataError('[generator] name: the bundled generator draws toy faces, and knows the words of world = "drawn" alone; put that under '
-                        "[task], or name another generator: a diffusers folder, a hub id, or openai:MODEL")
+        raise DataError('[generator] name: the bundled generator draws toy faces, and knows the words of world = "drawn" alone; put that '
+                        "under [task], or name another generator: a diffusers folder, a hub id, or openai:MODEL")
     for kind, attribute in (("target", task.target), ("protected", task.protected)):
         for c in attribute.classes:
             if words := _unread((word for phrase in c.phrases for word in re.findall(r"[^\W\d_]+", phrase)), folder):
@@ -167,8 +169,8 @@ def generator_of(
     "Who draws. Raises `DataError` or `FileNotFoundError`."
     g = settings.generator
     with about("[generator]"):
-        config = make_config(steps=g.steps, guidance_scale=g.guidance, negative_prompt=g.negative_prompt, scheduler=g.scheduler, size=g.size,
-                             resize=g.resize, dtype=g.dtype, batch_size=g.batch_size)
+        config = make_config(steps=g.steps, guidance_scale=g.guidance, negative_prompt=g.negative_prompt, scheduler=g.scheduler,
+                             size=g.size, resize=g.resize, dtype=g.dtype, batch_size=g.batch_size)
         kind, _, model = g.name.partition(":")
         if kind == "openai":
             if g.budget is not None and g.budget < g.per_group * len(task.groups):
@@ -245,8 +247,8 @@ def _check_method(settings, network, task, n_real):
 def tuning_of(settings: FixSettings):  # `TrainConfig`
     "The settings of fine-tuning."
     m = settings.method
-    own = ("epochs", "lr", "batch_size", "accumulate", "optimizer", "weight_decay", "schedule", "warmup", "layer_decay", "clip", "milestones",
-           "precision")
+    own = ("epochs", "lr", "batch_size", "accumulate", "optimizer", "weight_decay", "schedule", "warmup", "layer_decay", "clip",
+           "milestones", "precision")
     return _finetune_config(scale=None if m.crop is None else (m.crop, 1.0), **{name: getattr(m, name) for name in own})
 
 # %% ../../nbs/18_fix/02_checks.ipynb #4e6554ea

@@ -29,7 +29,7 @@ def saved_report(
     "The report of a fairer classifier, from its file; the choice of k is left out."
     content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     rows = {(images, figure): row for images, figures in content["figures"].items() for figure, row in figures.items()}
-    frame = pd.DataFrame.from_dict({key: {k: np.nan if v is None else v for k, v in row.items()} for key, row in rows.items()}, orient="index")
+    frame = pd.DataFrame([{k: np.nan if v is None else v for k, v in row.items()} for row in rows.values()])
     frame.index = pd.MultiIndex.from_tuples(rows, names=["images", "figure"])
     return BeforeAfter(frame, content["setup"], content["notes"])
 
@@ -78,8 +78,9 @@ def _images_section(folder, task, prompts):
     rows = [(titles.get(g, g), tuple(Cell(f"{int(row[c]):,}") for c in ("made", "kept"))) for g, row in counts.iterrows()]
     table = TableText(header=("group", "made", "kept"), rows=rows, name="images")
     some = [f"{titles[g]}: “{texts[0]}”" for g, texts in prompts.groups.items()]
+    drawn = f"Drawn by {identity['generator']} from {sum(map(len, prompts.groups.values()))} prompts, such as"
     return Section("images", "Synthetic images", "The first images of every group, as they were asked for; look whether they show it.",
-                   (f"Drawn by {identity['generator']} from {sum(map(len, prompts.groups.values()))} prompts, such as", *some), tables=(table,))
+                   (drawn, *some), tables=(table,))
 
 # %% ../../nbs/18_fix/04_page.ipynb #f18c485d
 def paragraphs(
@@ -100,9 +101,9 @@ def _mask_section(folder, report):
                                                  "what reacts to bias, and little to the change, is updated.", (told,))
 
 # %% ../../nbs/18_fix/04_page.ipynb #d233c475
-_INTRODUCTION = ("A classifier was fine-tuned with synthetic images of every group (AIM-Fair, CVPR 2025), without the group of any real image. Below: those "
-                 "images, the figures **before and after** with their 95 % intervals, what was changed in the network, and what all of it "
-                 "does not promise. Labels are annotations of images, not facts about people.")
+_INTRODUCTION = ("A classifier was fine-tuned with synthetic images of every group (AIM-Fair, CVPR 2025), without the group of any real "
+                 "image. Below: those images, the figures **before and after** with their 95 % intervals, what was changed in the network, "
+                 "and what all of it does not promise. Labels are annotations of images, not facts about people.")
 
 
 def write_page(

@@ -112,8 +112,8 @@ class Plan:
         rows.append(("all", "", "", f"about {in_words(max(1, sum(s.seconds for s in left)))}", in_bytes(sum(s.bytes for s in left))))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         table = ["  ".join(cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
-        return "\n".join([*table, "", "Times are rough: the classifier was timed here, the generator's pace is assumed, and a begun step is "
-                                      "reckoned from its start.",
+        return "\n".join([*table, "", "Times are rough: the classifier was timed here, the generator's pace is assumed, and a begun step "
+                                      "is reckoned from its start.",
                           f"Decoded images take {in_bytes(self.cache)} in the cache; {in_bytes(self.free)} are free for the result.",
                           *(f"Note: {note}" for note in self.notes)])
 
@@ -129,7 +129,8 @@ def make_plan(
         s.prompts.backend, f"a server ({s.prompts.model or 'AIMFAIR_LLM_MODEL'})")
     what = {"prompts": (f"{s.prompts.per_group} prompts for each of {groups} groups, by {who}", prompt_seconds(ready)),
             "images": (f"{s.generator.per_group} images for each of {groups} groups, by {s.generator.name}", image_seconds(ready)[0]),
-            "model": (f"{s.model.name}, {ready.network.parameters / 1e6:.1f} M parameters, {tuning_of(s).epochs} epochs", debias_seconds(ready)),
+            "model": (f"{s.model.name}, {ready.network.parameters / 1e6:.1f} M parameters, {tuning_of(s).epochs} epochs",
+                      debias_seconds(ready)),
             "report": ("pictures and tables, before and after", 5.0)}
     there = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
     notes = list(ready.notes)

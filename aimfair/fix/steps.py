@@ -25,8 +25,8 @@ from .planning import Plan, make_plan
 from .settings import FixSettings, beside, model_beside, read_task
 
 # %% ../../nbs/18_fix/05_steps.ipynb #b69b35e6
-_MAY_CHANGE = ("prompts.base_url", "prompts.max_tokens", "generator.base_url", "generator.budget", "generator.price", "generator.batch_size",
-               "generator.max_attempts")
+_MAY_CHANGE = ("prompts.base_url", "prompts.max_tokens", "generator.base_url", "generator.budget", "generator.price",
+               "generator.batch_size", "generator.max_attempts")
 
 
 def flat_settings(settings: FixSettings) -> dict[str, Any]:  # {dotted name: plain value}
@@ -100,8 +100,8 @@ def _debias(ready: Ready, folder: Path, **how):
 _CARD = """\
 # {heading}
 
-What `aimfair fix` left here: the fairer classifier in `model/`, with its own card; `report.html` for readers; the prompts in `prompts.json` and what
-was drawn from them in `images/`, by group, with `manifest.parquet`; and the settings in `fix.json`.
+What `aimfair fix` left here: the fairer classifier in `model/`, with its own card; `report.html` for readers; the prompts in
+`prompts.json` and what was drawn from them in `images/`, by group, with `manifest.parquet`; and the settings in `fix.json`.
 
 ## How it was made
 
