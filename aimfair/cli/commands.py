@@ -260,7 +260,8 @@ def new_task(
     classes: Annotated[str | None, option("A,B,...", "words of the classes in the order of the outputs, where labels are numbers",
                                            parser=_words)] = None,
     groups: Annotated[str | None, option("A,B,...", "words of the groups, where no label tells them", parser=_words)] = None,
-    generator: Annotated[str | None, option("NAME|FOLDER", "a diffusers folder, a hub id, openai:MODEL, or bundled, which draws toy faces")] = None,
+    generator: Annotated[str | None, option("NAME|FOLDER", "a diffusers folder, a hub id, openai:MODEL, or bundled, which draws toy faces")
+                         ] = None,
 ):
     """Write a task file to start from.
 
