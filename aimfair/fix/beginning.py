@@ -34,7 +34,7 @@ def _first(columns, usual, frame, words):
             return column
     return next((c for name in usual for c in columns if c.lower() == name), next(iter(columns), None))
 
-
+# %% ../../nbs/18_fix/06_beginning.ipynb #bd394999
 def guess_columns(
     file: Path,  # a CSV
     words: Iterable[str] = (),  # classes that other photos have
