@@ -34,7 +34,7 @@ def _first(columns, usual, frame, words):
             return column
     return next((c for name in usual for c in columns if c.lower() == name), next(iter(columns), None))
 
-
+# %% ../../nbs/18_fix/06_beginning.ipynb #bd394999
 def guess_columns(
     file: Path,  # a CSV
     words: Iterable[str] = (),  # classes that other photos have
@@ -68,7 +68,7 @@ def _sizes(paths, most: int = 50):
     (w, h), (wide, high) = (tuple(f(axis) for axis in zip(*seen, strict=True)) for f in (min, max))
     return f"{w} x {h} pixels" + ("" if (w, h) == (wide, high) else f" to {wide} x {high}")
 
-
+# %% ../../nbs/18_fix/06_beginning.ipynb #7783d595
 def look_at(
     source: str | Path,  # a folder or a CSV
     words: Iterable[str] = (),  # classes that other photos have

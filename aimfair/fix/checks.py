@@ -117,7 +117,7 @@ def _seconds_a_look(model, faces, device):
             taken.append(time.perf_counter() - start)
     return min(taken) / len(x)
 
-
+# %% ../../nbs/18_fix/02_checks.ipynb #18c4cbd8
 def network_of(
     settings: FixSettings,
     base: Path,
@@ -149,7 +149,7 @@ def _unread(words, folder: Path) -> list[str]:
     known = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     return [word for word in dict.fromkeys(words) if f"{word.lower()}</w>" not in known]
 
-
+# %% ../../nbs/18_fix/02_checks.ipynb #33aa531c
 def _check_vocabulary(name, folder, task):
     if name == "bundled" and not task.closed:
         raise DataError('[generator] name: the bundled generator draws toy faces, and knows the words of world = "drawn" alone; put that '
@@ -227,6 +227,14 @@ def filters_of(
     return [*found, *(_judging(kind, judge, base, task, device) for kind, judge in judges.items() if judge is not None)]
 
 # %% ../../nbs/18_fix/02_checks.ipynb #44ee4706
+def tuning_of(settings: FixSettings):  # `TrainConfig`
+    "The settings of fine-tuning."
+    m = settings.method
+    own = ("epochs", "lr", "batch_size", "accumulate", "optimizer", "weight_decay", "schedule", "warmup", "layer_decay", "clip",
+           "milestones", "precision")
+    return _finetune_config(scale=None if m.crop is None else (m.crop, 1.0), **{name: getattr(m, name) for name in own})
+
+# %% ../../nbs/18_fix/02_checks.ipynb #7a99db06
 def _check_method(settings, network, task, n_real):
     "Raise for options of the method that cannot be, and where the images will not suffice."
     m, groups = settings.method, [parse_group(g) for g in task.groups]
@@ -243,14 +251,6 @@ def _check_method(settings, network, task, n_real):
     with about("[generator] per_group"):
         largest_biased_counts(dict.fromkeys(groups, left), m.bias, majority=majority, at_most=n_real)
 
-
-def tuning_of(settings: FixSettings):  # `TrainConfig`
-    "The settings of fine-tuning."
-    m = settings.method
-    own = ("epochs", "lr", "batch_size", "accumulate", "optimizer", "weight_decay", "schedule", "warmup", "layer_decay", "clip",
-           "milestones", "precision")
-    return _finetune_config(scale=None if m.crop is None else (m.crop, 1.0), **{name: getattr(m, name) for name in own})
-
 # %% ../../nbs/18_fix/02_checks.ipynb #4e6554ea
 @dataclass
 class Ready:
@@ -266,7 +266,7 @@ class Ready:
     filters: list
     notes: list[str] = field(default_factory=list)
 
-
+# %% ../../nbs/18_fix/02_checks.ipynb #f77c0e05
 def check(
     settings: FixSettings,
     base: Path,  # folder of the task file

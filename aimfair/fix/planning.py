@@ -44,7 +44,7 @@ def prompt_seconds(ready: Ready) -> float:
     p = ready.settings.prompts
     return _SECONDS_A_PROMPT[p.backend] * p.per_group * len(ready.task.groups)
 
-
+# %% ../../nbs/18_fix/03_planning.ipynb #31510e32
 def image_seconds(ready: Ready) -> tuple[float, int]:  # seconds; pixels of a side of a stored image
     "How long the images may take, where filters turn none down."
     g, n = ready.settings.generator, ready.settings.generator.per_group * len(ready.task.groups)
@@ -118,20 +118,25 @@ class Plan:
                           *(f"Note: {note}" for note in self.notes)])
 
 # %% ../../nbs/18_fix/03_planning.ipynb #eff3b518
+def _said(ready):
+    "What each step is, and its seconds."
+    s, groups = ready.settings, len(ready.task.groups)
+    who = {"grammar": "templates", "transformers": f"the language model {s.prompts.model or 'smollm2'}"}.get(
+        s.prompts.backend, f"a server ({s.prompts.model or 'AIMFAIR_LLM_MODEL'})")
+    return {"prompts": (f"{s.prompts.per_group} prompts for each of {groups} groups, by {who}", prompt_seconds(ready)),
+            "images": (f"{s.generator.per_group} images for each of {groups} groups, by {s.generator.name}", image_seconds(ready)[0]),
+            "model": (f"{s.model.name}, {ready.network.parameters / 1e6:.1f} M parameters, {tuning_of(s).epochs} epochs",
+                      debias_seconds(ready)),
+            "report": ("pictures and tables, before and after", 5.0)}
+
+# %% ../../nbs/18_fix/03_planning.ipynb #76e4c7f2
 def make_plan(
     ready: Ready,
     out: Path,  # folder of the result; its nearest parent that is there tells the free room
     states: dict[str, str],  # by step
 ) -> Plan:
     "The steps with their time and room."
-    s, needs, groups = ready.settings, room(ready), len(ready.task.groups)
-    who = {"grammar": "templates", "transformers": f"the language model {s.prompts.model or 'smollm2'}"}.get(
-        s.prompts.backend, f"a server ({s.prompts.model or 'AIMFAIR_LLM_MODEL'})")
-    what = {"prompts": (f"{s.prompts.per_group} prompts for each of {groups} groups, by {who}", prompt_seconds(ready)),
-            "images": (f"{s.generator.per_group} images for each of {groups} groups, by {s.generator.name}", image_seconds(ready)[0]),
-            "model": (f"{s.model.name}, {ready.network.parameters / 1e6:.1f} M parameters, {tuning_of(s).epochs} epochs",
-                      debias_seconds(ready)),
-            "report": ("pictures and tables, before and after", 5.0)}
+    needs, what = room(ready), _said(ready)
     there = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
     notes = list(ready.notes)
     if (free := shutil.disk_usage(there).free) < (need := sum(needs[name] for name in what if states[name] != "done")):

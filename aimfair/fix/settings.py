@@ -52,7 +52,7 @@ class _Prompts(Settings):
     per_group: int = Field(50, ge=1)  # prompts of each group
     seed: int = 0
 
-
+# %% ../../nbs/18_fix/01_settings.ipynb #2eb776ba
 class _Generator(Settings):
     "Who draws, how many images, and how."
     name: str = "bundled"  # a diffusers pipeline folder, a hub id, openai:MODEL of an images server, or bundled: drawn faces alone
@@ -133,7 +133,7 @@ class FixSettings(Settings):
             raise ValueError(f"generator.{given[0]} is for an images server, name = \"openai:MODEL\", and name is {self.generator.name!r}")
         return self
 
-
+# %% ../../nbs/18_fix/01_settings.ipynb #08627ee3
 def read_task(
     source: str | Path | Mapping[str, Any],  # a TOML or JSON file, or its content
 ) -> tuple[FixSettings, Path]:  # what it says, and the folder that its paths are relative to

@@ -161,7 +161,7 @@ def _all_steps(ready, folder, flat, device, cache, progress):
         _write_card(ready, prompts, folder)
     return todo
 
-
+# %% ../../nbs/18_fix/05_steps.ipynb #ec2c722c
 def fix(
     task: str | Path | Mapping[str, Any],  # a task file, or its content
     out: str | Path,  # folder of the result
