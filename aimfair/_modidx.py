@@ -504,6 +504,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'aimfair.fix.planning': { 'aimfair.fix.planning.Plan': ('18_fix/planning.html#plan', 'aimfair/fix/planning.py'),
                                       'aimfair.fix.planning.Plan.__str__': ('18_fix/planning.html#plan.__str__', 'aimfair/fix/planning.py'),
                                       'aimfair.fix.planning.Step': ('18_fix/planning.html#step', 'aimfair/fix/planning.py'),
+                                      'aimfair.fix.planning._said': ('18_fix/planning.html#_said', 'aimfair/fix/planning.py'),
                                       'aimfair.fix.planning.debias_seconds': ( '18_fix/planning.html#debias_seconds',
                                                                                'aimfair/fix/planning.py'),
                                       'aimfair.fix.planning.image_seconds': ( '18_fix/planning.html#image_seconds',
