@@ -46,7 +46,7 @@ def _card_facts(setup, classes):
     chosen = {"selective": f" (k = {setup.get('k')}; mask.json names them)"}.get(setup["strategy"], "")
     facts = {"Made from": setup.get("network"), "Classes, in the order of the outputs": classes and ", ".join(classes),
              "Changed": f"{setup['updated']} of {setup['tensors']} tensors by {setup['strategy']} fine-tuning{chosen}; "
-                        f"the best epoch was {setup['best_epoch']} of {config.get('epochs')}; seed {setup.get('seed')}",
+                        f"the best epoch was {setup['best_epoch'] + 1} of {config.get('epochs')}; seed {setup.get('seed')}",
              "Images": ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in images.items() if n),
              "Pixels": pixels and f"{' x '.join(map(str, setup.get('image_size', [])))}, (pixel in [0, 1] - mean) / std with mean "
                                   f"{pixels['mean']} and std {pixels['std']} ({pixels['source']})"}
