@@ -17,6 +17,7 @@ import pandas as pd
 from ..core import DataError, listed, one_line, user_path, write_whole
 from ..groups import in_order, names_of, plain
 from ..data import faces_table, is_image
+from ..data.tables import USUAL_COLUMNS
 from ..data.reading import encoding_of, header
 from .settings import class_in_words
 from ..prompts.wording import word_bank
@@ -24,7 +25,6 @@ from ..models import class_names_of, image_size, model_from, pixels_of
 
 # %% ../../nbs/18_fix/06_beginning.ipynb #ade64c22
 _MOST_CLASSES = 20  # different values of a column that may be a class or a group
-_NAMED = {"target": ("target", "label", "class"), "protected": ("protected", "group")}
 
 
 def _first(columns, usual, frame, words):
@@ -48,9 +48,10 @@ def guess_columns(
     if image is None:
         raise DataError(f"{file}: no column holds names of images; there are {listed(names)}")
     few = [c for c in names if c != image and 2 <= frame[c].nunique() <= min(_MOST_CLASSES, len(frame) // 2)]
-    target = given.get("target") or _first(few, _NAMED["target"], frame, words)
+    target = given.get("target") or _first(few, USUAL_COLUMNS["target"], frame, words)
     others = [c for c in few if c != target and c.lower() not in ("split", "part", "partition", "fold")]
-    return {"image": image, "target": target, "protected": given.get("protected") or _first(others, _NAMED["protected"], frame, ())}, few
+    protected = given.get("protected") or _first(others, USUAL_COLUMNS["protected"], frame, ())
+    return {"image": image, "target": target, "protected": protected}, few
 
 # %% ../../nbs/18_fix/06_beginning.ipynb #10d797c7
 def _sizes(paths, most: int = 50):

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from filelock import FileLock, Timeout
 
 from ..core import user_path, write_whole
-from ..debias import debias
+from ..debias import debias, only_worker
 from ..prompts import PromptSet, load_prompts, write_file
 from ..synthesis import synthesize
-from .checks import Ready, check
+from .checks import Ready, check, columns_of
 from .page import heading_of, saved_report, write_page
 from .planning import Plan, make_plan
 from .settings import FixSettings, beside, model_beside, read_task
@@ -88,13 +87,10 @@ def _debias(ready: Ready, folder: Path, **how):
     s, photos = ready.settings, ready.settings.photos
     base, m = ready.base, ready.settings.method
     sources = {name: beside(base, getattr(photos, name)) for name in ("real", "val", "test") if getattr(photos, name) is not None}
-    columns = {"image": photos.image, "target": photos.target, "bins": photos.bins or None,
-               "protected": list(photos.protected) if isinstance(photos.protected, tuple) else photos.protected}
     words = {"classes": [c.name for c in ready.task.target.classes], "groups": [c.name for c in ready.task.protected.classes]}
-    method = m.model_dump(exclude_none=True, exclude={"milestones"}) | ({} if m.milestones is None else {"milestones": m.milestones})
     return debias(model=model_beside(base, s.model.name), weights=s.model.weights and beside(base, s.model.weights), size=s.model.size,
-                  mean=s.model.mean, std=s.model.std, synthetic=folder / "images", out=folder / "model", **sources, **columns, **words,
-                  **method, **how)
+                  mean=s.model.mean, std=s.model.std, synthetic=folder / "images", out=folder / "model", **sources, **words,
+                  **columns_of(photos), **m.model_dump(exclude_none=True), **how)
 
 # %% ../../nbs/18_fix/05_steps.ipynb #71404a0d
 _CARD = """\
@@ -177,11 +173,7 @@ def fix(
     _check_record(folder, flat)
     ready = check(settings, base, cache=cache, device=device)
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            write_whole(folder / "fix.json", flat)
-            computed = _all_steps(ready, folder, flat, device, cache, progress)
-    except Timeout:
-        raise ValueError(f"another process is at work on {folder}; wait for it, or name another folder") from None
-    (folder / "lock").unlink(missing_ok=True)
+    with only_worker(folder, folder):
+        write_whole(folder / "fix.json", flat)
+        computed = _all_steps(ready, folder, flat, device, cache, progress)
     return Fixed(folder, computed, saved_report(folder / "model")._repr_markdown_())

@@ -24,7 +24,7 @@ import pandas as pd
 
 from .. import toyfaces
 from ..core import DataError, digest, file_digest, unknown
-from ..data import Faces, celeba, fairface, image_groups, load_faces, utkface
+from ..data import Faces, celeba, celeba_words, fairface, image_groups, load_faces, utkface, utkface_words
 from ..data.reading import parse_bins
 from ..finetuning import real_and_synthetic, repair
 from ..groups import Group, Majority, Names, balanced_counts, biased_counts, biased_split, default_majority, group_sizes
@@ -297,8 +297,7 @@ def real_table(images: Images, store: Store | None) -> pd.DataFrame:
 
 # %% ../../nbs/17_repro/03_images.ipynb #da149a09
 _AGES = ("0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70")
-_WORDS = {"utkface": {"gender": ("male", "female"), "age": ("under 30", "30+"), "ethnicity": ("not White", "White"),
-                      "race": ("White", "Black", "Asian", "Indian", "Others")},
+_WORDS = {"utkface": utkface_words(),
           "fairface": {"gender": ("Female", "Male"), "age": _AGES,
                        "race": ("Black", "East Asian", "Indian", "Latino_Hispanic", "Middle Eastern", "Southeast Asian", "White")}}
 
@@ -307,7 +306,7 @@ def known_names(data: DataSettings) -> Names:
     "The words that a data set has for its classes and groups. Raises `DataError` for an attribute that it lacks."
     def words(attribute):
         if data.layout == "celeba":
-            return f"not {attribute}", attribute
+            return celeba_words(attribute)
         if attribute not in _WORDS[data.layout]:
             raise DataError(f"{data.kind}: {unknown('attribute', attribute, _WORDS[data.layout])}")
         return tuple(parse_bins(data.bins)) if attribute == "age" and data.bins else _WORDS[data.layout][attribute]
