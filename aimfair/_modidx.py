@@ -314,6 +314,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'aimfair.data.images.writable': ('04_data/images.html#writable', 'aimfair/data/images.py'),
                                      'aimfair.data.images.write_shard': ('04_data/images.html#write_shard', 'aimfair/data/images.py')},
             'aimfair.data.reading': { 'aimfair.data.reading._bin_of': ('04_data/reading.html#_bin_of', 'aimfair/data/reading.py'),
+                                      'aimfair.data.reading._check_zero': ('04_data/reading.html#_check_zero', 'aimfair/data/reading.py'),
                                       'aimfair.data.reading._in_words': ('04_data/reading.html#_in_words', 'aimfair/data/reading.py'),
                                       'aimfair.data.reading._numbered': ('04_data/reading.html#_numbered', 'aimfair/data/reading.py'),
                                       'aimfair.data.reading._span': ('04_data/reading.html#_span', 'aimfair/data/reading.py'),

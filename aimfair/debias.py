@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .core import digest, file_digest, one_line, put_in_place, write_whole
+from .core import digest, file_digest, one_line, put_in_place, user_path, write_whole
 from .data import faces_table, load_faces
 from .groups import names_of
 from .models import image_size, model_from
@@ -32,7 +32,7 @@ def _table_digest(table):
 
 def _model_name(spec):
     "A model's name; for a function in a file, or a folder, its name and the contents."
-    folder = Path(str(spec).removeprefix("hf/")).expanduser()
+    folder = user_path(str(spec).removeprefix("hf/"))
     if Path(folder, "config.json").is_file():
         return f"a folder {file_digest(folder)}"
     where, _, name = str(spec).rpartition(":")

@@ -146,6 +146,12 @@ def read_columns(
 _BINARY = {"-1": 0, "0": 0, "1": 1, "false": 0, "true": 1, "-1.0": 0, "0.0": 0, "1.0": 1}
 
 
+def _check_zero(texts, where, expected) -> None:
+    "Raise for -1 and 0 in one column."
+    if {"-1", "0"} <= {t.removesuffix(".0") for t in texts}:
+        raise DataError(f"{where} has both -1 and 0, so 0 is not clearly a label; expected {expected}")
+
+
 def read_labels(values: pd.Series, file, ids: pd.Series) -> pd.Series:
     "Annotations as int64: -1/1, 0/1 and True/False become 0/1."
     words = {value: str(value).strip().lower() for value in values.unique()}
@@ -154,8 +160,7 @@ def read_labels(values: pd.Series, file, ids: pd.Series) -> pd.Series:
     if wrong:
         where = values.isna() if pd.isna(wrong[0]) else values == wrong[0]
         raise DataError(f"{file}: {values.name} is '{wrong[0]}' at {ids[where].iloc[0]}; expected {expected}")
-    if {"-1", "0"} <= {w.removesuffix(".0") for w in words.values()}:
-        raise DataError(f"{file}: {values.name} has both -1 and 0, so 0 is not clearly a label; expected {expected}")
+    _check_zero(words.values(), f"{file}: {values.name}", expected)
     return values.map({value: _BINARY[word] for value, word in words.items()}).astype("int64")
 
 # %% ../../nbs/04_data/01_reading.ipynb #861b495b
@@ -166,8 +171,7 @@ _MOST = 200  # different values of a column of classes
 def _numbered(texts, where) -> np.ndarray | None:
     "Numbers of classes that are written as numbers; None where they are words."
     if all(t.lower() in _BINARY for t in texts):
-        if {"-1", "0"} <= {t.removesuffix(".0") for t in texts}:
-            raise DataError(f"{where} has both -1 and 0, so 0 is not clearly a label; expected -1/1, 0/1 or the numbers of classes")
+        _check_zero(texts, where, "-1/1, 0/1 or the numbers of classes")
         return np.array([_BINARY[t.lower()] for t in texts], np.int64)
     if all(re.fullmatch(r"\d+(\.0*)?", t) for t in texts):
         return np.array([int(float(t)) for t in texts], np.int64)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..core import asset, did_you_mean, listed, one_line, quiet_libraries
+from ..core import asset, did_you_mean, listed, one_line, quiet_libraries, user_path
 from ..device import seeded
 from .networks import check_model, head_of, heads_of, narrow_resnet18
 from .pixels import processor_of
@@ -180,7 +180,7 @@ def _timm_folder(folder, config, weights):
 # %% ../../nbs/09_models/05_sources.ipynb #d74f77d4
 def _huggingface(name, weights):
     "A classifier of transformers' with its image processor."
-    where = str(Path(name).expanduser())
+    where = str(user_path(name))
     if not Path(where).is_dir() and (name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name):
         raise FileNotFoundError(f"model {name!r}: no such folder")
     if Path(where).is_dir() and not Path(where, "config.json").is_file():
@@ -213,7 +213,7 @@ def _model_named(spec, weights):
     "A model by its name."
     if spec.startswith("hf/"):
         return _huggingface(spec.removeprefix("hf/"), weights)
-    folder = Path(spec).expanduser()
+    folder = user_path(spec)
     if folder.is_dir() and (Path(folder, "config.json").is_file() or folder.name != spec):  # another folder may be called resnet18
         return _huggingface(spec, weights)
     return _named_model(spec, weights)

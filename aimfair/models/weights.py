@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import listed
+from ..core import listed, user_path
 from .networks import heads_of
 
 # %% ../../nbs/09_models/02_weights.ipynb #cf8eee67
@@ -114,7 +114,7 @@ def read_weights(
     path: str | Path,  # a .safetensors file, its .safetensors.index.json, what torch.save wrote, or a folder with one of them
 ) -> dict[str, torch.Tensor]:
     "A state dict from a file, the largest that is in it, without ever running code from it. Raises `FileNotFoundError` and `WeightsError`."
-    path = Path(path).expanduser()
+    path = user_path(path)
     path = _in_folder(path) if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")

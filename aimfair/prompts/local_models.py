@@ -17,7 +17,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from ..core import quiet_libraries
+from ..core import quiet_libraries, user_path
 from .grammar import PHOTO_KINDS
 from .requests import TURNS, Request
 from .tasks import POSE, PromptError
@@ -37,7 +37,7 @@ def _where_is(
     model: str,  # "smollm2", a hub id, a folder, a .gguf file, or hub id and file as owner/name/file.gguf
 ) -> tuple[str, str | None]:
     "Folder or hub id, and file name of the weights where that is GGUF. Raises `PromptError`, `FileNotFoundError`."
-    path = _smollm2() if model == "smollm2" else Path(model).expanduser()
+    path = _smollm2() if model == "smollm2" else user_path(model)
     if path.is_dir():
         return str(path), None
     if path.is_file():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ..core import DataError, append_lines, digest, progress_bar, read_lines
+from ..core import DataError, append_lines, digest, progress_bar, read_lines, user_path
 from .backends import Backend
 from .checks import Repeats, check_context, check_prompt, fitting_groups
 from .grammar import compose
@@ -190,7 +190,7 @@ def _require_full(writing):
 
 def _public_model(model):
     "A model's name; of a local path the last part alone."
-    return Path(model).name if Path(model).expanduser().exists() else model
+    return Path(model).name if user_path(model).exists() else model
 
 
 def _provenance(writing, about):

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from ..core import Settings, unknown
+from ..core import Settings, unknown, user_path
 from ..device import pick_device
 from ..t2i.pipelines import bundled, quiet
 
@@ -80,7 +80,7 @@ def generator_source(
     name_or_path: str | Path,  # "bundled", a diffusers pipeline folder, or a hub id such as OWNER/NAME
 ) -> tuple[str, bool]:  # the folder or the hub id, and whether it is a local folder
     "Where a generator's weights come from; nothing is loaded. Raises `FileNotFoundError` where there is no such folder."
-    path = bundled() if str(name_or_path) == "bundled" else Path(name_or_path).expanduser()
+    path = bundled() if str(name_or_path) == "bundled" else user_path(name_or_path)
     local = path.is_dir()
     if local and not (path / "model_index.json").is_file():
         raise FileNotFoundError(f"{path}: not a diffusers pipeline folder, it has no model_index.json")
