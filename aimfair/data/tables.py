@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USUAL_COLUMNS', 'is_celeba', 'celeba_attributes', 'on_disk', 'celeba_words', 'celeba', 'utkface_words', 'utkface',
-           'folder', 'fairface', 'write_split', 'image_groups', 'faces_table']
+           'folder', 'is_fairface', 'fairface', 'write_split', 'image_groups', 'faces_table']
 
 # %% ../../nbs/04_data/02_tables.ipynb #b3fa0ec0
 import hashlib
@@ -282,6 +282,14 @@ def _undated(text) -> str:
 # %% ../../nbs/04_data/02_tables.ipynb #bd7c277c
 _FAIRFACE_LISTS = {"train": ("fairface_label_train.csv", "train_labels.csv"), "test": ("fairface_label_val.csv", "val_labels.csv"),
                    None: ("labels.csv", "fairface_labels.csv")}
+
+
+def is_fairface(
+    root: str | Path,
+) -> bool:
+    "Whether a folder has one of FairFace's label files, with their columns."
+    files = [Path(root) / name for names in _FAIRFACE_LISTS.values() for name in names]
+    return any(file.is_file() and {"age", "gender", "race"} <= {name.lower() for name in header(file)[0]} for file in files)
 
 
 def _fairface_labels(root: Path) -> tuple[pd.DataFrame, Path]:

@@ -28,6 +28,7 @@ from ..groups import Names
 from ..data import faces_table, load_faces, normalize, on_disk
 from ..prompts import GrammarBackend, Task, get_backend, write_prompts
 from ..synthesis import ImageServer, NearDuplicate, SynthesisConfig, attribute_filter, generator_source, make_config, text_image_agreement
+from ..t2i import SHIPPED
 from ..models import Adapted, class_names_of, image_size, logits_of, model_from, pixels_of
 from ..pipeline import MIN_GROUP, MIN_GROUP_AUTO, AIMFair, adapt
 from ..training import TrainConfig
@@ -187,7 +188,7 @@ def generator_of(
             if g.budget is not None and g.budget < g.per_group * len(task.groups):
                 raise ValueError(f"budget = {g.budget} images do not suffice for {g.per_group} of each of {len(task.groups)} groups")
             return ImageServer(model, base_url=g.base_url, budget=g.budget, price=g.price), config, []
-        name = str(beside(base, g.name)) if beside(base, g.name).is_dir() and g.name != "bundled" else g.name
+        name = str(beside(base, g.name)) if beside(base, g.name).is_dir() and g.name not in SHIPPED else g.name
         source, local = generator_source(name)
     if local:
         _check_vocabulary(g.name, Path(source), task)

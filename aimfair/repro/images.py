@@ -34,6 +34,7 @@ from ..prompts import PromptSet, load_prompts
 from .profiles import DataSettings, Protocol, SyntheticSettings
 from .store import Artifact, Job, Store, Work
 from ..synthesis import generator_source, make_config, synthesize
+from ..t2i import SHIPPED, bundled, learnt_from
 
 # %% ../../nbs/17_repro/03_images.ipynb #e8ff1a09
 @lru_cache
@@ -234,7 +235,7 @@ def fingerprint(table: pd.DataFrame) -> str:  # 16 hexadecimal digits
 
 def forget_files() -> None:
     "Look anew at folders, which may have changed."
-    for cached in (_read_table, weights_digest, _images, _set_artifact, set_sizes, names_in):
+    for cached in (_read_table, _learnt, weights_digest, _images, _set_artifact, set_sizes, names_in):
         cached.cache_clear()
 
 # %% ../../nbs/17_repro/03_images.ipynb #108882e6
@@ -289,11 +290,27 @@ class Images:
         return _set_artifact(self, name)
 
 # %% ../../nbs/17_repro/03_images.ipynb #02b307fe
+def _place(name):
+    "An image's name without its folder, but for the part of the data set that the folder may name."
+    folder, _, file = str(name).rpartition("/")
+    return ("" if folder.lower() in ("", "images", "train") else folder) + "/" + file
+
+
+@lru_cache(maxsize=8)
+def _learnt(synthetic: SyntheticSettings) -> frozenset[str]:
+    "Places of the images that the generator has learnt from: neither for training with its images nor for testing what comes of that."
+    name = chosen_generator(synthetic)
+    folder = bundled(name) if name in SHIPPED else Path(name)
+    return frozenset(map(_place, learnt_from(folder)))
+
+
 def real_table(images: Images, store: Store | None) -> pd.DataFrame:
     "Face table of all real images of a protocol, with splits. Raises `FileNotFoundError`, `DataError`."
     data, made = images.data, [job.run(store) for job in images.real_makers]
     root = made[0] if made else data_folder(data.root, "data.root")
-    return _read_table(data.layout, root, data.target, data.protected, data.seed, data.bins or None)
+    table = _read_table(data.layout, root, data.target, data.protected, data.seed, data.bins or None)
+    learnt = _learnt(images.synthetic) if images.synthetic.kind == "generated" and not made else frozenset()
+    return table[[_place(i) not in learnt for i in table["id"]]] if learnt else table
 
 # %% ../../nbs/17_repro/03_images.ipynb #da149a09
 _AGES = ("0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70")
@@ -549,5 +566,6 @@ def about_synthetic(synthetic: SyntheticSettings) -> str:
     "Where the synthetic images come from, in words."
     if synthetic.kind != "generated":
         return ABOUT_SYNTHETIC[synthetic.kind]
-    name = "the bundled generator" if synthetic.generator in ("", "bundled") else synthetic.generator.rstrip("/").rsplit("/", 1)[-1]
+    named = {"": "the bundled generator", "bundled": "the bundled generator", "faces": "the generator of photos that ships"}
+    name = named[synthetic.generator] if synthetic.generator in named else synthetic.generator.rstrip("/").rsplit("/", 1)[-1]
     return f"{synthetic.style} prompts, rendered by {name}"

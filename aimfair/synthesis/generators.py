@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 
 from ..core import Settings, unknown, user_path
 from ..device import pick_device
-from ..t2i.pipelines import bundled, quiet
+from ..t2i.pipelines import SHIPPED, bundled, quiet
 
 # %% ../../nbs/08_synthesis/01_generators.ipynb #58a43f57
 class SynthesisError(ValueError):
@@ -77,15 +77,17 @@ def other_generator(
 
 # %% ../../nbs/08_synthesis/01_generators.ipynb #eda6392c
 def generator_source(
-    name_or_path: str | Path,  # "bundled", a diffusers pipeline folder, or a hub id such as OWNER/NAME
+    name_or_path: str | Path,  # "bundled", "faces", a diffusers pipeline folder, or a hub id such as OWNER/NAME
 ) -> tuple[str, bool]:  # the folder or the hub id, and whether it is a local folder
     "Where a generator's weights come from; nothing is loaded. Raises `FileNotFoundError` where there is no such folder."
-    path = bundled() if str(name_or_path) == "bundled" else user_path(name_or_path)
+    shipped = str(name_or_path) in SHIPPED
+    path = bundled(str(name_or_path)) if shipped else user_path(name_or_path)
     local = path.is_dir()
     if local and not (path / "model_index.json").is_file():
         raise FileNotFoundError(f"{path}: not a diffusers pipeline folder, it has no model_index.json")
-    if not local and (path == bundled() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)) or str(name_or_path).startswith(".")):
-        raise FileNotFoundError(f"{path}: no such folder; give 'bundled', a diffusers pipeline folder, or a hub id such as OWNER/NAME")
+    if not local and (shipped or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)) or str(name_or_path).startswith(".")):
+        raise FileNotFoundError(f"{path}: no such folder; give {', '.join(map(repr, SHIPPED))}, a diffusers pipeline folder, or a hub id "
+                                "such as OWNER/NAME")
     return (str(path), True) if local else (str(name_or_path), False)
 
 # %% ../../nbs/08_synthesis/01_generators.ipynb #cff70bb3
@@ -108,7 +110,7 @@ def _cannot_load(source: str, local: bool, error: Exception) -> SynthesisError:
 
 # %% ../../nbs/08_synthesis/01_generators.ipynb #74a06220
 def load_generator(
-    name_or_path="bundled",  # "bundled", a diffusers pipeline folder, or a hub id
+    name_or_path="bundled",  # "bundled" (drawn faces), "faces" (photos of faces), a diffusers pipeline folder, or a hub id
     *, dtype: str | None = None,  # "float32", "float16" or "bfloat16"; None is float32
     device=None,  # None picks the best there is
     **options,  # further arguments of `DiffusionPipeline.from_pretrained`, such as variant="fp16"
@@ -137,7 +139,7 @@ def load_generator(
 def generator_name(pipe) -> str:
     "What the pipeline was loaded from; its class, if nobody knows."
     name = getattr(getattr(pipe, "config", None), "_name_or_path", None)
-    return "bundled" if name and Path(name) == bundled() else str(name or type(pipe).__name__)
+    return next((n for n in SHIPPED if name and Path(name) == bundled(n)), str(name or type(pipe).__name__))
 
 
 def components_digest(

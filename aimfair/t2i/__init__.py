@@ -6,8 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/07_t2i/00_t2i.ipynb #5725fb9e
-from . import autoencoder, captions, denoiser, distillation, folders, pipelines, recipe, training
+from . import autoencoder, captions, denoiser, distillation, folders, looks, pipelines, recipe, training
 from .captions import *
+from .looks import *
 from .folders import *
 from .recipe import *
 from .autoencoder import *

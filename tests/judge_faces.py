@@ -1,0 +1,187 @@
+"""A judge of faces: gender, race and age as FairFace annotates them, learnt from photos that the generator has not seen.
+
+`python tests/judge_faces.py FAIRFACE [GENERATOR[:STEPS[:GUIDANCE]]] [--out FOLDER]` trains the judge, says how good it is on photos,
+has a generator draw every combination of gender, race and age, and writes how many faces are as asked, group by group, and how near
+they come to the photos that were learnt from.
+"""
+import argparse
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn import functional as F
+
+from aimfair.core import write_whole
+from aimfair.data import Faces, fairface, load_faces
+from aimfair.synthesis import features, load_generator, make_config, resolve_config
+from aimfair.training import TrainConfig, create_model, fit, predict_logits
+
+AGES = ("0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70")
+GENDERS = ("Female", "Male")
+RACES = ("Black", "East Asian", "Indian", "Latino_Hispanic", "Middle Eastern", "Southeast Asian", "White")
+WORDS = {"Latino_Hispanic": "Hispanic"}
+TASKS = {"gender": (GENDERS, slice(0, 2)), "race": (RACES, slice(2, 9)), "age": (AGES, slice(9, 18))}
+
+
+def photos(root, seen, size=64, cache=None):
+    "Photos that the generator has not seen, to learn from and to test on, with what is annotated: (Faces, frame) each."
+    table = fairface(root)
+    seen = set(seen)
+    other = table[[i not in seen for i in table["id"]]]
+    # a fifth to test on, by the number in the name
+    number = other["id"].map(lambda i: int(re.search(r"(\d+)\D*$", i)[1]))
+    parts = {}
+    for name, rows in (("train", other[number % 5 != 0]), ("test", other[number % 5 == 0])):
+        faces = load_faces(rows, size=size, cache=cache, progress=False)
+        parts[name] = faces, rows.set_index("id").loc[list(faces.ids), ["age", "gender", "race"]].reset_index()
+    return parts
+
+
+def codes(frame):
+    "int64 N x 3: gender, race and age as numbers."
+    return np.stack([frame[name].map(list(words).index).to_numpy() for name, (words, _) in TASKS.items()], 1)
+
+
+def train_judge(faces, frame, epochs=6, size=96, seed=11):
+    "One network with the logits of all three questions; it sees the images enlarged."
+    wanted, model = torch.from_numpy(codes(frame)), create_model("timm/tf_efficientnet_lite0", weights="imagenet-lite0", n_outputs=18)
+    judge = Enlarged(model, size)
+    config = TrainConfig(epochs=epochs, batch_size=64, optimizer="adamw", lr=1e-3, schedule="cosine", warmup=0.05, scale=(0.7, 1.0))
+
+    def three_questions(logits, _, rows):
+        asked = wanted[rows]
+        return sum(F.cross_entropy(logits[:, part], asked[:, i], label_smoothing=0.05) for i, (_, part) in enumerate(TASKS.values()))
+    return fit(judge, faces, None, config=config, loss_fn=three_questions, seed=seed, device="cpu", progress=False).model
+
+
+class Enlarged(torch.nn.Module):
+    "A network that sees images at a size of its own."
+
+    def __init__(self, net, size):
+        super().__init__()
+        self.net, self.size = net, size
+
+    def forward(self, x):
+        return self.net(F.interpolate(x, (self.size, self.size), mode="bicubic", align_corners=False))
+
+
+def answers(judge, images):
+    "int64 N x 3, what the judge sees in uint8 images."
+    faces = images if isinstance(images, Faces) else Faces.from_arrays(images, np.zeros(len(images)))
+    logits = torch.as_tensor(predict_logits(judge, faces, device="cpu"))
+    return np.stack([logits[:, part].argmax(1).numpy() for _, part in TASKS.values()], 1)
+
+
+def asked(per_cell):
+    "Prompts for every gender, race and age, in the words of the tasks: texts and what they ask for."
+    texts, wanted, rng = [], [], np.random.default_rng(0)
+    ends = {age: [int(n) for n in re.findall(r"\d+", age)] for age in AGES}
+    for age, (low, *high) in ends.items():
+        for race in RACES:
+            for gender in GENDERS:
+                for _ in range(per_cell):
+                    years = rng.integers(max(low, 1), high[0] + 1) if high else rng.integers(71, 86)
+                    article = "an" if str(years)[0] == "8" or years in (11, 18) else "a"
+                    texts.append(f"Portrait face photo of {article} {years}-year-old {WORDS.get(race, race)} {gender.lower()}")
+                    wanted.append({"gender": gender, "race": race, "age": age})
+    return texts, pd.DataFrame(wanted)
+
+
+def draw(pipe, texts, seed=0, batch=36, **settings):
+    "uint8 images of prompts, each from noise of its own."
+    config, parts = resolve_config(pipe, make_config(**settings)), []
+    for i in range(0, len(texts), batch):
+        noise = [torch.Generator().manual_seed(seed + j) for j in range(i, min(i + batch, len(texts)))]
+        out = pipe(texts[i:i + batch], num_inference_steps=config.steps, guidance_scale=config.guidance_scale, generator=noise,
+                   output_type="np").images
+        parts.append((out * 255).round().astype(np.uint8).transpose(0, 3, 1, 2))
+    return np.concatenate(parts)
+
+
+def followed(found, wanted):
+    "Whether gender, race, and age (within one range) are as asked: a frame of booleans."
+    wanted = codes(wanted)
+    return pd.DataFrame({"gender": found[:, 0] == wanted[:, 0], "race": found[:, 1] == wanted[:, 1],
+                         "age": np.abs(found[:, 2] - wanted[:, 2]) <= 1})
+
+
+def by_group(right, frame):
+    "Percent of each race and gender, of each age, and of all."
+    right = right.reset_index(drop=True) * 100
+    return pd.concat({"group": right.groupby([frame["race"] + ", " + frame["gender"]]).mean(), "age": right.groupby(frame["age"]).mean(),
+                      "race": right.groupby(frame["race"]).mean(), "all": right.mean().to_frame("all").T})
+
+
+def nearest(x, photos, same=False, batch=512):
+    "Distance of each feature vector to the nearest photo's; `same` leaves out the photo itself."
+    out = []
+    for i in range(0, len(x), batch):
+        d = torch.cdist(x[i:i + batch], photos)
+        if same:
+            d[torch.arange(len(d)), torch.arange(i, i + len(d))] = torch.inf
+        out.append(d.min(1).values)
+    return torch.cat(out)
+
+
+def memorised(drawn, learnt, other, space="efficientnet-lite0", share=0.01):
+    """How near drawn faces come to the photos that were learnt from (and their mirror images), measured by how near other photos come.
+
+    Numbers: the distance that 1 % of other photos fall below, how many drawn faces do, and how many may by chance (99.9 %)."""
+    from scipy.stats import binom
+    known = torch.from_numpy(np.concatenate([features(learnt, space), features(np.ascontiguousarray(learnt[..., ::-1]), space)]))
+    ours, theirs = (nearest(torch.from_numpy(features(x, space)), known) for x in (drawn, other))
+    limit = theirs.quantile(share).item()
+    return {"limit": limit, "below": int((ours < limit).sum()), "of": len(ours), "by chance": int(binom.ppf(0.999, len(ours), share)),
+            "median drawn": ours.median().item(), "median other": theirs.median().item()}
+
+
+def seen_by(folder):
+    "The names of the photos that a generator has learnt from."
+    return (Path(folder) / "images.txt").read_text(encoding="utf-8").split()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("root")
+    parser.add_argument("generator", nargs="?", default="faces")
+    parser.add_argument("--per-cell", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--judge", help="file that keeps the judge")
+    parser.add_argument("--cache", help="folder of decoded photos")
+    parser.add_argument("--out", default="figures/faces")
+    options = parser.parse_args()
+    name, *given = options.generator.split(":")
+    settings = {key: kind(value) for (key, kind), value in zip((("steps", int), ("guidance_scale", float)), given, strict=False)}
+    pipe = load_generator(name, device="cpu")
+    seen, table = seen_by(pipe.config._name_or_path), fairface(options.root)
+    parts = photos(options.root, seen, cache=options.cache)
+    if options.judge and Path(options.judge).is_file():
+        judge = Enlarged(create_model("timm/tf_efficientnet_lite0", n_outputs=18), 96)
+        judge.load_state_dict(torch.load(options.judge, weights_only=True))
+    else:
+        judge = train_judge(*parts["train"], epochs=options.epochs)
+        if options.judge:
+            torch.save(judge.state_dict(), options.judge)
+    test, annotated = parts["test"]
+    texts, wanted = asked(options.per_cell)
+    started = time.perf_counter()
+    drawn = draw(pipe, texts, **settings)
+    print(f"{len(texts) / (time.perf_counter() - started):.1f} images a second")
+    columns = {"photos": by_group(followed(answers(judge, test), annotated), annotated),
+               "drawn": by_group(followed(answers(judge, drawn), wanted), wanted)}
+    learnt = load_faces(table[table["id"].isin(seen)], size=drawn.shape[-1], cache=options.cache, progress=False)
+    near = memorised(drawn, *(faces.gather(slice(None)).numpy() for faces in (learnt, test)))
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    result = pd.concat(columns, axis=1).round(1)
+    result.to_csv(out / "judge.csv")
+    write_whole(out / "memory.json", near)
+    np.save(out / "drawn.npy", drawn)
+    print(result.to_string(), near, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
