@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from aimfair.core import write_whole
 from aimfair.data import Faces, fairface, load_faces
-from aimfair.synthesis import features, load_generator, make_config, resolve_config
+from aimfair.synthesis import features, load_generator, make_config, nearest_distance, resolve_config
+from aimfair.t2i import learnt_from
 from aimfair.training import TrainConfig, create_model, fit, predict_logits
 
 AGES = ("0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70")
@@ -115,32 +116,16 @@ def by_group(right, frame):
                       "race": right.groupby(frame["race"]).mean(), "all": right.mean().to_frame("all").T})
 
 
-def nearest(x, photos, same=False, batch=512):
-    "Distance of each feature vector to the nearest photo's; `same` leaves out the photo itself."
-    out = []
-    for i in range(0, len(x), batch):
-        d = torch.cdist(x[i:i + batch], photos)
-        if same:
-            d[torch.arange(len(d)), torch.arange(i, i + len(d))] = torch.inf
-        out.append(d.min(1).values)
-    return torch.cat(out)
-
-
 def memorised(drawn, learnt, other, space="efficientnet-lite0", share=0.01):
     """How near drawn faces come to the photos that were learnt from (and their mirror images), measured by how near other photos come.
 
     Numbers: the distance that 1 % of other photos fall below, how many drawn faces do, and how many may by chance (99.9 %)."""
     from scipy.stats import binom
-    known = torch.from_numpy(np.concatenate([features(learnt, space), features(np.ascontiguousarray(learnt[..., ::-1]), space)]))
-    ours, theirs = (nearest(torch.from_numpy(features(x, space)), known) for x in (drawn, other))
-    limit = theirs.quantile(share).item()
+    known = np.concatenate([features(learnt, space), features(np.ascontiguousarray(learnt[..., ::-1]), space)])
+    ours, theirs = (nearest_distance(features(x, space), known) for x in (drawn, other))
+    limit = float(np.quantile(theirs, share))
     return {"limit": limit, "below": int((ours < limit).sum()), "of": len(ours), "by chance": int(binom.ppf(0.999, len(ours), share)),
-            "median drawn": ours.median().item(), "median other": theirs.median().item()}
-
-
-def seen_by(folder):
-    "The names of the photos that a generator has learnt from."
-    return (Path(folder) / "images.txt").read_text(encoding="utf-8").split()
+            "median drawn": float(np.median(ours)), "median other": float(np.median(theirs))}
 
 
 def main():
@@ -156,7 +141,7 @@ def main():
     name, *given = options.generator.split(":")
     settings = {key: kind(value) for (key, kind), value in zip((("steps", int), ("guidance_scale", float)), given, strict=False)}
     pipe = load_generator(name, device="cpu")
-    seen, table = seen_by(pipe.config._name_or_path), fairface(options.root)
+    seen, table = learnt_from(pipe.config._name_or_path), fairface(options.root)
     parts = photos(options.root, seen, cache=options.cache)
     if options.judge and Path(options.judge).is_file():
         judge = Enlarged(create_model("timm/tf_efficientnet_lite0", n_outputs=18), 96)

@@ -578,6 +578,19 @@ class TestManyGroups:
             assert (("Female", "Male")[row.target].lower(), RACES[row.protected]) == (gender, race)
         assert group_sizes(balanced_synthetic(sets)) == {(t, p): 2 for t in (0, 1) for p in range(7)}
 
+    @pytest.mark.parametrize("folder, left", [("images/", 0), ("train/", 0), ("", 0), ("val/", 40)])
+    def test_photos_that_the_generator_has_learnt_from_are_left_out(self, fourteen, tmp_path, folder, left):
+        "By its own list, wherever the photos lie; the official validation photos bear the numbers of others."
+        from aimfair.repro import real_table
+        from aimfair.t2i import bundled
+        shutil.copytree(bundled(), tmp_path / "generator")
+        (tmp_path / "generator/images.txt").write_text("".join(f"{folder}{i}.png\n" for i in range(40)))
+        given = MANY | {"data.root": str(fourteen), "synthetic.kind": "generated", "synthetic.generator": str(tmp_path / "generator")}
+        table = real_table(Images.of(load_profile("fairface64", given).protocol), None)
+        assert sum(int(Path(name).stem) < 40 for name in table["id"]) == left and len(table) == 1260 + left
+        rest = given | {"synthetic.kind": "rest", "synthetic.generator": ""}
+        assert len(real_table(Images.of(load_profile("fairface64", rest).protocol), None)) == 1300
+
     @given(st.integers(2, 4), st.integers(2, 8), st.floats(0.05, 1), st.integers(0, 10_000))
     def test_validation_by_the_bias_of_the_training_set(self, n_classes, n_groups, bias, seed):
         "The biased rule weighs groups as the training set does, whatever their number."

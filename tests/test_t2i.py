@@ -392,6 +392,92 @@ def test_celebas_layout_becomes_captions(tmp_path):
     assert [bool(re.search(WORDS["male"], c[0])) for c in captions] == facts.Male[1:].astype(bool).tolist()
 
 
+PEOPLE = {"black": "black|african", "east asian": "asian", "latino_hispanic": "hispanic|latino|latin american", "white": "white"}
+
+
+@given(seed=st.integers(0, 10_000), age=st.integers(1, 95), male=st.sampled_from([0, 1]), race=st.sampled_from(sorted(PEOPLE)))
+@settings(max_examples=200, deadline=None)
+def test_a_caption_says_age_and_race_as_annotated(seed, age, male, race):
+    text = t2i.compose_caption(np.random.default_rng(seed), age=age, male=male, race=race)
+    said = re.search(r"(\d+)-year-old", text)
+    assert not said or int(said[1]) == age
+    assert bool(re.search(r"\b(male|man|boy)\b", text)) == bool(male)
+    assert not re.search(r"\b(boy|girl)\b", text) or age < 18
+    assert not re.search(r"\b((?<!-)old|older|senior|elderly)\b", text) or age >= 60
+    assert not re.search(r"\b(baby|infant)\b", text) or age < 3
+    assert not any(re.search(rf"\b({words})\b", text) for other, words in PEOPLE.items() if other != race)
+
+
+@pytest.fixture(scope="module")
+def fairface_folder(tmp_path_factory):
+    "Ten painted photos, eight of young women and two of old men, in the official layout and with what the official file has besides."
+    root = tmp_path_factory.mktemp("fairface")
+    rows = [(f"train/{i + 1}.jpg", "20-29", "Female", "East Asian") if i < 8 else (f"train/{i + 1}.jpg", "more than 70", "Male", "Black")
+            for i in range(10)]
+    for i, (file, *_) in enumerate(rows):
+        paint(root / file, i, (24, 24))
+    labels = pd.DataFrame(rows, columns=["file", "age", "gender", "race"]).assign(service_test=True)
+    labels.to_csv(root / "fairface_label_train.csv", index=False)
+    return root
+
+
+def test_fairfaces_layout_becomes_captions(fairface_folder, tmp_path):
+    faces = t2i.captioned_faces(fairface_folder, size=16, per_face=40, exclude=["train/1.jpg"], cache=tmp_path)
+    assert faces.ids == [f"train/{i}.jpg" for i in range(2, 11)] and faces.images.shape == (9, 3, 16, 16)
+    women, men = (" ".join(sum(some, [])) for some in (faces.captions[:7], faces.captions[7:]))
+    assert re.search("asian (woman|female)", women) and not re.search(r"\b(man|male|black)\b", women)
+    assert re.search("(black|african) (man|male)", men)
+    ages = [{int(n) for n in re.findall(r"(\d+)-year-old", text)} for text in (women, men)]
+    assert ages[0] == set(range(20, 30)) and min(ages[1]) > 70 and len(ages[1]) > 10  # every year of a range
+    assert list(faces.cells) == ["20-29 Female East Asian"] * 7 + ["more than 70 Male Black"] * 2
+
+
+def test_a_generator_says_what_it_has_seen(fairface_folder, tmp_path):
+    settings = TINY | {"size": 16, "decoder_steps": 1, "steps": 1, "batch_size": 2, "decoder_batch": 2}
+    t2i.train_command(str(fairface_folder), out=tmp_path / "out", settings=settings, exclude=["train/3.jpg"], device="cpu", progress=False)
+    assert t2i.learnt_from(tmp_path / "out") == [f"train/{i}.jpg" for i in (1, 2, *range(4, 11))]
+    assert t2i.learnt_from(t2i.bundled()) == []
+
+
+@given(counts=st.lists(st.integers(1, 40), min_size=2, max_size=6), balance=st.floats(0.05, 1))
+def test_rare_people_are_shown_more_often(counts, balance):
+    cells = np.repeat([f"cell {i}" for i in range(len(counts))], counts)
+    weights = t2i.show_weights(cells, balance).numpy()
+    shares = pd.Series(weights).groupby(cells).sum()
+    wanted = np.array(counts) ** (1 - balance)  # n images, each n to the power of -balance
+    np.testing.assert_allclose(shares, wanted / wanted.sum())
+    assert np.isclose(weights.sum(), 1) and t2i.show_weights(cells, 0) is None
+
+
+# ---------------------------------------------------------------- what photos show
+
+
+@given(text=st.lists(st.sampled_from(["left", "right", "left,", "right,", "light", "up", "and"]), max_size=8).map(" ".join))
+def test_a_mirror_turns_left_into_right_and_back(text):
+    mirrored = t2i.mirrored_words(text)
+    assert t2i.mirrored_words(mirrored) == text
+    assert (text.count("left"), text.count("right")) == (mirrored.count("right"), mirrored.count("left"))
+
+
+def test_the_measured_tilt_follows_the_drawn_one():
+    "Drawn heads are tilted by a known angle; so are copies that another library has turned."
+    images = toyfaces.draw(toyfaces.sample_factors(500, seed=3))
+    upright = t2i.tilts(images)
+    turned = np.stack([np.asarray(Image.fromarray(x.transpose(1, 2, 0)).rotate(12, Image.BILINEAR)) for x in images]).transpose(0, 3, 1, 2)
+    both = t2i.tilts(np.concatenate([images, turned]))
+    assert 4 < np.median(both[500:] - both[:500]) < 20  # counterclockwise: to the left
+    np.testing.assert_allclose(t2i.tilts(np.ascontiguousarray(images[..., ::-1])), -upright, atol=0.05)
+
+
+def test_looks_of_a_mirror_image_are_mirrored():
+    images = toyfaces.draw(toyfaces.sample_factors(300, seed=4))
+    details, poses = t2i.looks(images)
+    theirs, others = t2i.looks(np.ascontiguousarray(images[..., ::-1]))
+    same = [t2i.mirrored_words(", ".join(a)) == ", ".join(b) for a, b in zip(details, theirs, strict=True)]
+    assert np.mean(same) > 0.98  # a half has one pixel column more than the other where a side is odd
+    assert [p and t2i.mirrored_words(p) for p in poses] == others
+
+
 def test_the_command_tells_mistakes_in_a_line(tmp_path, capsys):
     from aimfair.cli import main
     assert main(["t2i", "train", "--out", str(tmp_path / "x"), "--set", "stepz=3"]) == 2
