@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -7,6 +8,9 @@ from hypothesis import settings
 
 # before numpy and torch are imported, and for the processes that tests start: workers of pytest-xdist share the cores
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", MPLBACKEND="agg")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it runs in the background, and to their processes
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("aimfair", deadline=None, derandomize=bool(os.environ.get("CI")))  # a busy machine is no failure
 settings.load_profile("aimfair")
