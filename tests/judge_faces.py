@@ -1,6 +1,6 @@
 """A judge of faces: gender, race and age as FairFace annotates them, learnt from photos that the generator has not seen.
 
-`python tests/judge_faces.py FAIRFACE [GENERATOR[:STEPS[:GUIDANCE]]] [--out FOLDER]` trains the judge, says how good it is on photos,
+`python tests/judge_faces.py FAIRFACE GENERATOR[:STEPS[:GUIDANCE]] [--out FOLDER]` trains the judge, says how good it is on photos,
 has a generator draw every combination of gender, race and age, and writes how many faces are as asked, group by group, and how near
 they come to the photos that were learnt from.
 """
@@ -131,7 +131,7 @@ def memorised(drawn, learnt, other, space="efficientnet-lite0", share=0.01):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root")
-    parser.add_argument("generator", nargs="?", default="faces")
+    parser.add_argument("generator")
     parser.add_argument("--per-cell", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--judge", help="file that keeps the judge")

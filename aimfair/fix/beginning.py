@@ -154,7 +154,7 @@ backend = "grammar"  # templates; or a language model: transformers (local), ope
 per_group = 50  # prompts of each group
 
 [generator]
-name = {generator}  # a diffusers folder, a hub id, openai:MODEL (an images server); faces draws small photos, bundled toy faces
+name = {generator}  # a diffusers folder, a hub id, openai:MODEL (an images server); bundled draws toy faces, for a try
 per_group = {per_group}  # images of each group
 # steps = 50  # and guidance = 9.0, negative_prompt = "...", scheduler = "DDIMScheduler"; by default what the generator recommends
 # size = 512  # pixels to render at

@@ -566,6 +566,5 @@ def about_synthetic(synthetic: SyntheticSettings) -> str:
     "Where the synthetic images come from, in words."
     if synthetic.kind != "generated":
         return ABOUT_SYNTHETIC[synthetic.kind]
-    named = {"": "the bundled generator", "bundled": "the bundled generator", "faces": "the generator of photos that ships"}
-    name = named[synthetic.generator] if synthetic.generator in named else synthetic.generator.rstrip("/").rsplit("/", 1)[-1]
+    name = "the bundled generator" if synthetic.generator in ("", "bundled") else synthetic.generator.rstrip("/").rsplit("/", 1)[-1]
     return f"{synthetic.style} prompts, rendered by {name}"

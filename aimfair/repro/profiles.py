@@ -57,7 +57,7 @@ class SyntheticSettings(Settings):
         "generated", description="generated: by a text-to-image model; studio: drawn faces in the studio style; groups: a folder "
                                  "T_P/*.png or a manifest; celeba: another CelebA folder; rest: training images that the biased set left")
     root: str = Field("", description="folder of groups or celeba; environment variables are expanded")
-    generator: str = Field("", description="bundled, faces, a diffusers pipeline folder, or a hub id; setting it makes the kind generated")
+    generator: str = Field("", description="bundled, a diffusers pipeline folder, or a hub id; setting it makes the kind generated")
     prompts: str = Field("", description="a frozen task or a JSON file; empty: the task of data.target and data.protected")
     style: str = Field("contextual-pose", description="of frozen prompts: plain, contextual or contextual-pose")
     steps: int | None = Field(None, ge=1, description="denoising steps; none: what the generator recommends")

@@ -77,7 +77,7 @@ def other_generator(
 
 # %% ../../nbs/08_synthesis/01_generators.ipynb #eda6392c
 def generator_source(
-    name_or_path: str | Path,  # "bundled", "faces", a diffusers pipeline folder, or a hub id such as OWNER/NAME
+    name_or_path: str | Path,  # "bundled", a diffusers pipeline folder, or a hub id such as OWNER/NAME
 ) -> tuple[str, bool]:  # the folder or the hub id, and whether it is a local folder
     "Where a generator's weights come from; nothing is loaded. Raises `FileNotFoundError` where there is no such folder."
     shipped = str(name_or_path) in SHIPPED
@@ -110,7 +110,7 @@ def _cannot_load(source: str, local: bool, error: Exception) -> SynthesisError:
 
 # %% ../../nbs/08_synthesis/01_generators.ipynb #74a06220
 def load_generator(
-    name_or_path="bundled",  # "bundled" (drawn faces), "faces" (photos of faces), a diffusers pipeline folder, or a hub id
+    name_or_path="bundled",  # "bundled", a diffusers pipeline folder, or a hub id
     *, dtype: str | None = None,  # "float32", "float16" or "bfloat16"; None is float32
     device=None,  # None picks the best there is
     **options,  # further arguments of `DiffusionPipeline.from_pretrained`, such as variant="fp16"

@@ -23,11 +23,11 @@ def quiet():  # a context manager
     return quiet_libraries("diffusers", "transformers")
 
 # %% ../../nbs/07_t2i/07_pipelines.ipynb #58c7a22e
-SHIPPED = {"bundled": "generator", "faces": "faces"}  # names of the generators that ship, and their folders
+SHIPPED = {"bundled": "generator"}  # names of the generators that ship, and their folders
 
 
 def bundled(
-    name: str = "bundled",  # bundled: drawn faces; faces: photos of faces
+    name: str = "bundled",  # draws faces in the studio style
 ) -> Path:  # a diffusers pipeline folder
     "A generator that ships with the package."
     return asset(SHIPPED[name])
