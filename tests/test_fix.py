@@ -314,6 +314,26 @@ def test_the_whole_way_from_a_biased_network_to_a_fairer_one(tmp_path):
     assert finished(command(tmp_path, *words))[1].startswith("fairer was done already")
 
 
+def test_images_may_come_from_a_server_within_a_budget(home, tmp_path, monkeypatch):
+    "Too small a budget is told before the first image; the bill lies beside the images."
+    from test_image_servers import Studio
+
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    studio = Studio()
+    asks = f'base_url = "{studio.url}"\nbudget = BUDGET\nprice = 0.02'
+    line = '# base_url = "http://localhost:8000/v1"  # of openai:MODEL, with budget = 4000 (images in all) and price = 0.02 (of one)'
+    def served(name, budget):
+        return begin(home, name, [('name = "bundled"', 'name = "openai:bundled"'), (line, asks.replace("BUDGET", str(budget)))])
+
+    with pytest.raises(DataError, match="budget = 20 images do not suffice for 12 of each of 4 groups"):
+        fix(served("poor", 20), tmp_path / "out", **quiet(home), progress=False)
+    assert not studio.drawn
+    done = fix(served("rich", 60), tmp_path / "out", **quiet(home), progress=False)
+    assert len(studio.drawn) == 48 and image_groups(done.folder / "images").groupby(["target", "protected"]).size().to_list() == [12] * 4
+    assert json.loads((done.folder / "images" / "cost.json").read_text())["cost"] == pytest.approx(0.96)
+    assert "openai:bundled" in (done.folder / "README.md").read_text() and (done.folder / "model").is_dir()
+
+
 def test_words_that_name_two_classes_are_turned_down(home):
     with pytest.raises(PromptError, match="names more than one class"):
         plan_fix({"model": {"name": "x"}, "photos": {"real": f"{home}/train", "val": f"{home}/val"},
