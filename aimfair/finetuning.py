@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Strategy', 'FINETUNE', 'trainable_parameters', 'average_weights', 'finetune', 'real_and_synthetic', 'shortage',
            'repair', 'k_grid', 'distinct_masks', 'judge', 'right_answers', 'accuracy_change', 'candidate_table',
-           'eligible_candidates', 'pick_candidate', 'ChosenK', 'choose_k']
+           'eligible_candidates', 'pick_candidate', 'candidates_in_words', 'ChosenK', 'choose_k']
 
 # %% ../nbs/12_finetuning.ipynb #b11c3a9d
 from collections.abc import Iterable, Mapping
@@ -275,8 +275,10 @@ def _judged(model, masks, candidates, val, before, held_out, how):
     return candidate_table(rows)
 
 # %% ../nbs/12_finetuning.ipynb #d7ded113
-def _shown(table):
-    "A table of candidates as text, in percent, the unchanged model as k = none."
+def candidates_in_words(
+    table: pd.DataFrame,  # as `ChosenK` has it
+) -> pd.DataFrame:  # text
+    "A table of candidates for k, in percent, the unchanged model as k = none."
     def note(r):
         return ("unchanged" if r.name == 0 else "chosen") if r.chosen else "" if r.eligible else "less accurate"
 
@@ -338,7 +340,7 @@ class ChosenK:
 
     def shown(self) -> pd.DataFrame:  # text, figures in percent but for the loss
         "The table that is displayed, the unchanged model on top."
-        return _shown(self.table)
+        return candidates_in_words(self.table)
 
     def plot(self):
         "Both figures over k beside those of the unchanged model; a candidate whose bar ends below the dashed line is less accurate."

@@ -314,6 +314,16 @@ def test_the_whole_way_from_a_biased_network_to_a_fairer_one(tmp_path):
     assert finished(command(tmp_path, *words))[1].startswith("fairer was done already")
 
 
+def test_the_choice_of_k_is_in_the_report(home, tmp_path):
+    file = begin(home, "chosen", [('# k = "auto"', 'k = "auto"'), ("per_group = 12", "per_group = 50")])
+    done = fix(file, tmp_path / "out", **quiet(home), progress=False)
+    candidates = json.loads((done.folder / "model" / "report.json").read_text())["candidates"]
+    page = (done.folder / "report.html").read_text()
+    section = page[page.rindex("The choice of k"):page.rindex("The mask, by layer")]
+    assert len(candidates) > 2 and section.count("<tr") == len(candidates) + 1
+    assert "unchanged" in section or "chosen" in section
+
+
 def test_images_may_come_from_a_server_within_a_budget(home, tmp_path, monkeypatch):
     "Too small a budget is told before the first image; the bill lies beside the images."
     from test_image_servers import Studio

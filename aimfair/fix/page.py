@@ -19,6 +19,7 @@ from ..core import whole_file
 from ..prompts import PromptSet, Task
 from ..synthesis import image_grid, rejection_report
 from ..sensitivity import plot_sensitivity
+from ..finetuning import candidates_in_words
 from ..pipeline import BeforeAfter
 from ..report import Cell, Section, TableText, write_html_report
 
@@ -93,6 +94,18 @@ def paragraphs(
     return [" ".join(line.removeprefix("- ").split()) for line in text.splitlines() if line.strip()]
 
 
+def _choice_section(folder):
+    "The candidates for k, where it was chosen among them."
+    content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    if not (candidates := content.get("candidates")):
+        return []
+    table = pd.DataFrame(candidates.values(), index=pd.Index([float(k) if "." in k else int(k) for k in candidates]))
+    shown = candidates_in_words(table)
+    rows = [(row.iloc[0], tuple(Cell(str(value)) for value in row.iloc[1:])) for _, row in shown.iterrows()]
+    return [Section("choice", "The choice of k", "Tensors kept by each ranking, chosen without the group of any photo.", (),
+                    tables=(TableText(header=tuple(shown.columns), rows=rows, name="choice"),))]
+
+
 def _mask_section(folder, report):
     "What was changed in the classifier."
     setup = report.setup
@@ -116,7 +129,8 @@ def write_page(
     "Write the report, and its pictures into `figures`."
     report, card = saved_report(folder / "model"), (folder / "model" / "README.md").read_text(encoding="utf-8")
     _write_pictures(folder, folder / "figures", task)
-    sections = [_images_section(folder, task, prompts), *_figure_sections(report), _mask_section(folder, report),
+    sections = [_images_section(folder, task, prompts), *_figure_sections(report), *_choice_section(folder / "model"),
+                _mask_section(folder, report),
                 Section("card", "The card", "", (*paragraphs(card, "What it is"), *paragraphs(card, "What it does not promise")))]
     about = {"task": task.description, "classifier": settings["model.name"], "generator": settings["generator.name"],
              "seeds": sorted({settings[f"{part}.seed"] for part in ("prompts", "generator", "method")})}

@@ -432,7 +432,7 @@ class Gradients(ProtocolJob):
     def make(self, folder, store):
         mask, faces = self.protocol.mask, GRADIENT_SETS[self.which][2](self.faces(store), self.protocol)
         gradients = gradient_pass(load_model(self.biased_model, store), faces, batch_size=mask.batch_size, passes=mask.passes,
-                                  augment=self.protocol.train.augment(), seed=self.seed)
+                                  augment=self.protocol.train.augment(), accumulate=self.protocol.finetune.accumulate, seed=self.seed)
         save_file(gradients, folder / f"{self.which}.safetensors")
 
 # %% ../../nbs/17_repro/04_jobs.ipynb #95a047c6
