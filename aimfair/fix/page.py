@@ -102,8 +102,10 @@ def _choice_section(folder):
     table = pd.DataFrame(candidates.values(), index=pd.Index([float(k) if "." in k else int(k) for k in candidates]))
     shown = candidates_in_words(table)
     rows = [(row.iloc[0], tuple(Cell(str(value)) for value in row.iloc[1:])) for _, row in shown.iterrows()]
+    header = ("k", "tensors", "accuracy", "change (SE)", "worst-group loss", "worst group", "EO", "")
+    note = "accuracy, %, and its change (with the standard error): validation photos; the others: synthetic images put aside"
     return [Section("choice", "The choice of k", "Tensors kept by each ranking, chosen without the group of any photo.", (),
-                    tables=(TableText(header=tuple(shown.columns), rows=rows, name="choice"),))]
+                    tables=(TableText(header=header, rows=rows, name="choice", note=note),))]
 
 
 def _mask_section(folder, report):
