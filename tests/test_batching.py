@@ -39,8 +39,8 @@ def test_the_same_batches_ahead_and_not(n, size, shuffle, drop_last, augmented, 
     "Rows, pixels, labels, and where the generator stands after every batch."
     faces, found = some_faces(n, seed, groups), []
     for ahead in (False, True):
-        g = generator(seed)
-        several = batches(faces, size, shuffle=shuffle, drop_last=drop_last, augment=Augment() if augmented else None, generator=g, ahead=ahead)
+        g, augment = generator(seed), Augment() if augmented else None
+        several = batches(faces, size, shuffle=shuffle, drop_last=drop_last, augment=augment, generator=g, ahead=ahead)
         found.append([(*(part.clone() for part in batch), g.get_state()) for batch in several])
     assert len(found[0]) == len(found[1]) == (n // size if drop_last else math.ceil(n / size))
     assert all(torch.equal(a, b) for one, other in zip(*found, strict=True) for a, b in zip(one, other, strict=True))
@@ -101,14 +101,9 @@ def test_an_error_of_the_thread_is_the_consumers_own():
     for ahead in (False, True):
         seen.clear()
         with pytest.raises(OSError) as raised:
-            seen.extend(batch.rows.tolist() for batch in iter_all(faces, ahead, seen))
+            for batch in batches(faces, 2, ahead=ahead):
+                seen.append(batch.rows.tolist())
         assert raised.value is error and seen == [[0, 1], [2, 3], [4, 5]] and not helpers()
-
-
-def iter_all(faces, ahead, seen):
-    for batch in batches(faces, 2, ahead=ahead):
-        seen.append(batch.rows.tolist())
-    return []
 
 
 def test_rows_may_be_any_iterable():
