@@ -372,7 +372,7 @@ def t2i_check(size: Size, device: torch.device) -> list[Figure]:
     "Steps a second of `train_t2i`, and how long a whole training would take."
     config = size.t2i
     images, captions = drawn_faces(size.drawn, seed=0, size=config.size)
-    with tempfile.TemporaryDirectory() as folder, step_times() as times:
+    with tempfile.TemporaryDirectory() as folder, step_times() as times, quiet_libraries("transformers", "diffusers"):
         train_t2i(images, captions, out=folder, config=config, device=device, progress=False)
     decoder, denoiser = _rate(times[:config.decoder_steps]), _rate(times[-config.steps:])
     one = partial(Figure, "text to image")
@@ -395,10 +395,9 @@ def gpu_check(
     if wrong := [name for name in names if name not in CHECKS]:
         raise ValueError(unknown("check", wrong[0], CHECKS))
     figures = []
-    with quiet_libraries("transformers", "diffusers"):
-        for name in names:
-            progress(f"{name} ...")
-            figures += _attempt(name, lambda name=name: CHECKS[name](size, device))
+    for name in names:
+        progress(f"{name} ...")
+        figures += _attempt(name, lambda name=name: CHECKS[name](size, device))
     return figures
 
 # %% ../nbs/22_gpu.ipynb #6f4fb4a4
