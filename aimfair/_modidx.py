@@ -595,6 +595,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'aimfair.gpu_check.overlap': ('gpu.html#overlap', 'aimfair/gpu_check.py'),
                                    'aimfair.gpu_check.precision_check': ('gpu.html#precision_check', 'aimfair/gpu_check.py'),
                                    'aimfair.gpu_check.published': ('gpu.html#published', 'aimfair/gpu_check.py'),
+                                   'aimfair.gpu_check.published_loader': ('gpu.html#published_loader', 'aimfair/gpu_check.py'),
                                    'aimfair.gpu_check.ramps': ('gpu.html#ramps', 'aimfair/gpu_check.py'),
                                    'aimfair.gpu_check.rate_and_waiting': ('gpu.html#rate_and_waiting', 'aimfair/gpu_check.py'),
                                    'aimfair.gpu_check.step_times': ('gpu.html#step_times', 'aimfair/gpu_check.py'),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FULL', 'TINY', 'PRECISIONS', 'PROMPTS', 'CHECKS', 'Figure', 'Size', 'ramps', 'cosine', 'overlap', 'precision_check',
-           'write_photos', 'PhotoFiles', 'ours', 'published', 'learner', 'rate_and_waiting', 'training_check',
-           'little_memory', 'generation_check', 'step_times', 't2i_check', 'gpu_check', 'gpu_table', 'write_figures',
-           'main']
+           'write_photos', 'PhotoFiles', 'ours', 'published_loader', 'published', 'learner', 'rate_and_waiting',
+           'training_check', 'little_memory', 'generation_check', 'step_times', 't2i_check', 'gpu_check', 'gpu_table',
+           'write_figures', 'main']
 
 # %% ../nbs/22_gpu.ipynb #6e53ddd4
 import argparse
@@ -197,6 +197,12 @@ def ours(faces: Faces, size: Size, device: torch.device, generator: torch.Genera
     return batches(faces, size.batch, shuffle=True, drop_last=True, augment=Augment(), generator=generator, device=device)
 
 
+def published_loader(table: pd.DataFrame, size: Size, device: torch.device) -> torch.utils.data.DataLoader:
+    "The published code's way to files, at its best: workers that stay, and pinned memory."
+    return torch.utils.data.DataLoader(PhotoFiles(table, size.side), size.batch, shuffle=True, drop_last=True, num_workers=size.workers,
+                                       persistent_workers=size.workers > 0, pin_memory=device.type == "cuda")
+
+
 def published(loader: Iterable, device: torch.device) -> Iterator:
     "A pass over the batches of a `DataLoader`, on the device."
     return ((x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in loader)
@@ -261,8 +267,7 @@ def training_check(size: Size, device: torch.device) -> list[Figure]:
         table, start = write_photos(Path(folder), size.files), time.perf_counter()
         faces = load_faces(table, size=size.side, cache=Path(folder) / "decoded")
         decoding, generator, step = time.perf_counter() - start, torch.Generator().manual_seed(0), learner(size, device)
-        how = dict(shuffle=True, drop_last=True, num_workers=size.workers, persistent_workers=True, pin_memory=device.type == "cuda")
-        loader = torch.utils.data.DataLoader(PhotoFiles(table, size.side), size.batch, **how)
+        loader = published_loader(table, size, device)
         mine = rate_and_waiting(partial(ours, faces, size, device, generator), step, size.passes, device)
         theirs = rate_and_waiting(partial(published, loader, device), step, size.passes, device)
         own = _fit_rate(faces, size, device)

@@ -163,3 +163,15 @@ def test_the_share_of_waiting_is_what_next_takes():
         time.sleep(0.005)
     assert waited.waiting >= 8 * 0.02 and waited.total >= 8 * 0.025 and 0.5 < waited.share < 0.95
     synchronize("cpu")
+
+
+def test_waiting_is_measured_to_the_end_and_leaves_no_thread():
+    "Whole, and where the consumer breaks."
+    waited = Waited(batches(some_faces(20), 2, ahead=True))
+    assert sum(len(b.rows) for b in waited) == 20 and 0 < waited.share < 1
+    broken = Waited(batches(some_faces(40), 2, ahead=True))
+    with pytest.raises(ZeroDivisionError) as kept:
+        for batch in broken:
+            len(batch) // 0
+    assert kept.value.__traceback__ and not helpers()
+    assert [n for n in Waited([1, 2])] == [1, 2]

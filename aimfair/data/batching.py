@@ -133,7 +133,7 @@ class Batch(NamedTuple):
     protected: torch.Tensor  # int64 (B,), -1 where unknown
     rows: torch.Tensor  # int64 (B,), on the CPU: positions of the images in the `Faces`
 
-
+# %% ../../nbs/04_data/05_batching.ipynb #3d3ea559
 def chosen_batches(
     faces: Faces,
     rows: Iterable[torch.Tensor],  # int64 (B,) a batch, on the CPU: positions of its images; asked for early, so not drawn by `generator`
@@ -184,7 +184,7 @@ def synchronize(device: str | torch.device) -> None:
     device = torch.device(device)
     torch.mps.synchronize() if device.type == "mps" else getattr(torch, device.type).synchronize(device)
 
-
+# %% ../../nbs/04_data/05_batching.ipynb #ec02fc0f
 class Waited:
     "Batches one by one, and how long the device waited for them."
     def __init__(
@@ -197,13 +197,16 @@ class Waited:
     def __iter__(self):
         synchronize(self.device)
         begin = asked = time.perf_counter()
-        for batch in self.batches:
-            synchronize(self.device)
-            self.waiting += time.perf_counter() - asked
-            yield batch
-            synchronize(self.device)
-            asked = time.perf_counter()
-            self.total = asked - begin
+        try:
+            for batch in self.batches:
+                synchronize(self.device)
+                self.waiting += time.perf_counter() - asked
+                yield batch
+                synchronize(self.device)
+                asked = time.perf_counter()
+                self.total = asked - begin
+        finally:
+            getattr(self.batches, "close", tuple)()  # the thread that works ahead
 
     @property
     def share(self) -> float:
