@@ -19,7 +19,7 @@ PATHS := PATH="$$(cd $(BIN) && pwd):$$PATH"
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce figures bench test lab lint export readme dist clean distclean FORCE
+.PHONY: help setup reproduce figures bench gpu-check test lab lint export readme dist clean distclean FORCE
 
 # a checkout that was moved, or whose Python is gone, needs a new environment: its scripts hold absolute paths
 ifneq "$(shell $(BIN)/python -c '' 2>/dev/null && cat $(STAMP) 2>/dev/null)" "$(CURDIR)"
@@ -31,6 +31,7 @@ help:
 	@echo 'make figures    the same with five seeds, ten for claims, into figures/ (hours)'
 	@echo 'make test       set up, then run the notebooks and the fast tests (AIMFAIR_SLOW=1: the slow ones too)'
 	@echo 'make bench      time every stage on one core, and say what became slower'
+	@echo 'make gpu-check  precision, throughput and memory on a GPU (ARGS="--device cpu --tiny" tries it without one)'
 	@echo 'make lab        set up, then open JupyterLab on the notebooks'
 	@echo 'make export     write the modules and README.md from the notebooks, and clean the notebooks'
 	@echo 'make lint       check the style of modules and tests'
@@ -75,6 +76,10 @@ endif
 # one core each, compared with the last record in figures/
 bench: $(STAMP)
 	@$(ONE_THREAD) $(BIN)/python -m aimfair.bench figures/bench.json
+
+# what only a GPU can show, into figures/gpu.json and a table beside it; exits with 2 where there is none
+gpu-check: $(STAMP)
+	@$(BIN)/python -m aimfair.gpu_check $(ARGS)
 
 # a notebook that fails does not keep the tests from running
 test: $(STAMP)

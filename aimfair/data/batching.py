@@ -5,7 +5,10 @@
 # %% ../../nbs/04_data/05_batching.ipynb #4ee3d2ab
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +18,7 @@ import torch
 from .images import Faces
 
 # %% auto #0
-__all__ = ['normalize', 'Augment', 'Batch', 'chosen_batches', 'batches']
+__all__ = ['normalize', 'Augment', 'Batch', 'chosen_batches', 'batches', 'synchronize', 'Waited']
 
 # %% ../../nbs/04_data/05_batching.ipynb #71187e4d
 def normalize(
@@ -45,6 +48,16 @@ def crop_boxes(n: int, height: int, width: int, scale, ratio, generator):
     w, h = torch.where(none, whole[0], w), torch.where(none, whole[1], h)
     top, left = (u * (height - h + 1)).long(), (v * (width - w + 1)).long()
     return torch.where(none, (height - h) // 2, top), torch.where(none, (width - w) // 2, left), h, w
+
+# %% ../../nbs/04_data/05_batching.ipynb #4a887005
+def pinned(part: torch.Tensor, device) -> torch.Tensor:
+    "The tensor in memory that the device can fetch from by itself, where there is such memory."
+    return part.pin_memory() if torch.device(device).type == "cuda" else part
+
+
+def sent(part: torch.Tensor, device) -> torch.Tensor:
+    "The tensor on the device; a CUDA GPU fetches it when it comes to it."
+    return pinned(part, device).to(device, non_blocking=torch.device(device).type == "cuda")
 
 # %% ../../nbs/04_data/05_batching.ipynb #08d5d3a8
 def _sample_axis(start, length, n: int):
@@ -93,7 +106,24 @@ class Augment:
         flip = torch.rand(n, generator=generator) < self.flip
         x, y = _sample_axis(left, w, width), _sample_axis(top, h, height)
         x = torch.where(flip[:, None], x.flip(1), x)
-        return _resample(batch, x.to(batch.device), y.to(batch.device))
+        return _resample(batch, sent(x, batch.device), sent(y, batch.device))
+
+# %% ../../nbs/04_data/05_batching.ipynb #4b175afb
+AHEAD = 3  # batches that are ready or in the making
+
+
+def worked_ahead(work: Callable, items: Iterable, depth: int = AHEAD) -> Iterator:
+    "`work(item)` of every item, in order; one background thread works up to `depth` items ahead."
+    pool, waiting = ThreadPoolExecutor(1, "aimfair-ahead"), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # waits for what the thread is at
 
 # %% ../../nbs/04_data/05_batching.ipynb #458ea821
 class Batch(NamedTuple):
@@ -103,20 +133,27 @@ class Batch(NamedTuple):
     protected: torch.Tensor  # int64 (B,), -1 where unknown
     rows: torch.Tensor  # int64 (B,), on the CPU: positions of the images in the `Faces`
 
-
+# %% ../../nbs/04_data/05_batching.ipynb #3d3ea559
 def chosen_batches(
     faces: Faces,
-    rows: Iterable[torch.Tensor],  # int64 (B,) a batch, on the CPU: positions of its images in the set
+    rows: Iterable[torch.Tensor],  # int64 (B,) a batch, on the CPU: positions of its images; asked for early, so not drawn by `generator`
     *, augment: Callable | None = None,  # (uint8 batch, generator) -> float32 in [-1, 1], such as `Augment()`; None: `normalize`
     generator: torch.Generator | None = None,  # on the CPU: drives the augmentation
     device: str | torch.device = "cpu",
+    ahead: bool | None = None,  # gather on a background thread, which `close()` ends; None: for other devices than a CPU
 ) -> Iterator[Batch]:
     "Batches of images that somebody else has chosen, one for each entry of `rows`."
     protected = np.full(len(faces), -1) if faces.protected is None else faces.protected
-    for chosen in rows:
-        pixels = faces.gather(chosen.numpy()).to(device)
+
+    def gathered(chosen):
+        index = chosen.numpy()
+        parts = faces.gather(index), torch.from_numpy(faces.target[index]), torch.from_numpy(protected[index])
+        return chosen, [pinned(part, device) for part in parts]
+
+    early = torch.device(device).type != "cpu" if ahead is None else ahead
+    for chosen, parts in worked_ahead(gathered, rows) if early else map(gathered, rows):
+        pixels, y, p = (sent(part, device) for part in parts)
         x = augment(pixels, generator) if augment else normalize(pixels)
-        y, p = (torch.from_numpy(values[chosen.numpy()]).to(device) for values in (faces.target, protected))
         yield Batch(x.contiguous(memory_format=torch.channels_last), y, p, chosen)
 
 # %% ../../nbs/04_data/05_batching.ipynb #2925f0e4
@@ -128,6 +165,7 @@ def batches(
     augment: Callable | None = None,  # (uint8 batch, generator) -> float32 in [-1, 1], such as `Augment()`; None: `normalize`
     generator: torch.Generator | None = None,  # on the CPU: drives order and augmentation
     device: str | torch.device = "cpu",
+    ahead: bool | None = None,  # gather on a background thread, as for `chosen_batches`
 ) -> Iterator[Batch]:
     "One epoch of batches. The same generator state gives the same batches."
     if generator is None and (shuffle or augment):
@@ -138,4 +176,39 @@ def batches(
     order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
     stop = n - n % batch_size if drop_last else n
     rows = order[:stop].split(batch_size) if stop else ()
-    return chosen_batches(faces, rows, augment=augment, generator=generator, device=device)
+    return chosen_batches(faces, rows, augment=augment, generator=generator, device=device, ahead=ahead)
+
+# %% ../../nbs/04_data/05_batching.ipynb #a5fcc8e6
+def synchronize(device: str | torch.device) -> None:
+    "Wait until the device has done all that it was told to do."
+    device = torch.device(device)
+    torch.mps.synchronize() if device.type == "mps" else getattr(torch, device.type).synchronize(device)
+
+# %% ../../nbs/04_data/05_batching.ipynb #ec02fc0f
+class Waited:
+    "Batches one by one, and how long the device waited for them."
+    def __init__(
+        self,
+        batches: Iterable,  # whose `next` brings a batch to the device
+        device: str | torch.device = "cpu",
+    ):
+        self.batches, self.device, self.waiting, self.total = iter(batches), device, 0.0, 0.0  # seconds
+
+    def __iter__(self):
+        synchronize(self.device)
+        begin = asked = time.perf_counter()
+        try:
+            for batch in self.batches:
+                synchronize(self.device)
+                self.waiting += time.perf_counter() - asked
+                yield batch
+                synchronize(self.device)
+                asked = time.perf_counter()
+                self.total = asked - begin
+        finally:
+            getattr(self.batches, "close", tuple)()  # the thread that works ahead
+
+    @property
+    def share(self) -> float:
+        "Part of the time, in [0, 1], in which the device waited; NaN before a batch was worked on."
+        return self.waiting / self.total if self.total else float("nan")

@@ -7,6 +7,7 @@ __all__ = ['Gradients', 'Batches', 'mean_gradients', 'gradient_pass', 'GroupGrad
 
 # %% ../../nbs/11_sensitivity/01_gradients.ipynb #f3a97943
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +91,8 @@ def gradient_pass(
     how = dict(shuffle=True, drop_last=True, augment=augment, generator=generator, device=device)
     several = (batch for _ in range(passes) for batch in batches(faces, size, **how))
     bar = progress_bar(several, total=passes * (len(faces) // max(size, 1)), desc=f"gradients, {name}", disable=not progress)
-    return mean_gradients(model, bar, accumulate=accumulate, seed=seed, device=device)
+    with closing(several):
+        return mean_gradients(model, bar, accumulate=accumulate, seed=seed, device=device)
 
 # %% ../../nbs/11_sensitivity/01_gradients.ipynb #1288ba02
 @dataclass
@@ -132,6 +134,7 @@ def group_gradients(
 
     for g, index in group_indices(faces).items():
         of_group = batches(faces.select(index), batch_size, augment=augment, generator=generator, device=device)
-        _, count[g] = _gradient_sums(probe, of_group, summed, device)
+        with closing(of_group):
+            _, count[g] = _gradient_sums(probe, of_group, summed, device)
         mean[g] = _collect(probe, count[g])
     return GroupGradients(mean, count)

@@ -8,6 +8,7 @@ __all__ = ['Loss', 'Best', 'Fitted', 'fit']
 # %% ../../nbs/10_training/05_loop.ipynb #a9bda1a3
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -120,8 +121,8 @@ def _train_epoch(run, epoch):
     generator = torch.Generator().manual_seed(seed)
     torch.randperm(len(run.train), generator=generator)  # the part of the stream that orders the pass of this number
     total, right, seen = torch.zeros((), device=run.device), torch.zeros((), device=run.device), 0
-    with seeded(seed):
-        of_epoch = chosen_batches(run.train, _rows(run, epoch), augment=config.augment(), generator=generator, device=run.device)
+    of_epoch = chosen_batches(run.train, _rows(run, epoch), augment=config.augment(), generator=generator, device=run.device)
+    with seeded(seed), closing(of_epoch):
         for lr, batch in zip(config.rates(len(run.train))[start:stop], of_epoch, strict=True):
             set_rate(run.optimizer, lr)
             loss, logits = _step(run, batch)

@@ -7,6 +7,7 @@ __all__ = ['Criteria', 'predict_logits', 'predict', 'accuracy', 'figures_of', 'j
 
 # %% ../../nbs/10_training/03_predictions.ipynb #67fde666
 from collections.abc import Callable, Mapping
+from contextlib import closing
 
 import numpy as np
 import pandas as pd
@@ -33,8 +34,10 @@ def predict_logits(
     "Logits of every face in evaluation mode, without augmentation; the model's mode is put back."
     device = pick_device(device)
     model, layout = placed(model, faces, device)
-    with evaluating(model), torch.no_grad(), autocast(device, precision):  # inference tensors that a network keeps would stop training
-        images = (batch.images.contiguous(memory_format=layout) for batch in batches(faces, batch_size, device=device))
+    several = batches(faces, batch_size, device=device)
+    # inference tensors that a network keeps would stop training
+    with closing(several), evaluating(model), torch.no_grad(), autocast(device, precision):
+        images = (batch.images.contiguous(memory_format=layout) for batch in several)
         return torch.cat([logits_of(model, x).cpu() for x in images]).numpy()
 
 # %% ../../nbs/10_training/03_predictions.ipynb #56d6c733
