@@ -420,7 +420,7 @@ def synthesize(
 @t2i_app.command("train")
 def t2i_train(
     out: Annotated[Path | None, option("FOLDER", "folder of the diffusers pipeline  [required]", file_okay=False)] = None,
-    data: Annotated[str, option("drawn|FOLDER", "drawn faces; or CelebA's layout, or images with captions")] = "drawn",
+    data: Annotated[str, option("drawn|FOLDER", "drawn faces; or CelebA's or FairFace's layout, or images with captions")] = "drawn",
     n: Annotated[int, option("N", "faces to draw, for drawn", "--n", min=8)] = 48_000,
     exclude: Annotated[Path | None, option("PATH", "leave out the images of this folder, or that a list or table names, wherever they lie",
                                             exists=True)] = None,
