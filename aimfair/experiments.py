@@ -110,7 +110,7 @@ def from_notebook(
     "Check a notebook's parameters, then compute what is missing of its experiment. Raises `ValueError` for an unknown or ill-typed one."
     p = read_parameters(namespace)
     done = results(name, p.profile, seeds=p.seeds, settings=p.settings, store=p.store, progress=progress)
-    done.out, done.aggregation = user_path(p.out), p.aggregation
+    done.out, done.aggregation, done.faces = user_path(p.out), p.aggregation, p.faces
     return done
 
 # %% ../nbs/18_experiments.ipynb #3c863de2
@@ -227,6 +227,7 @@ def reproduce(
     settings: dict[str, Any] | None = None,  # {dotted name: value} over the profile
     aggregation: str = "mean",  # of seeds: mean, or published
     workers: int | None = None,
+    shareable: bool = False,  # show no faces but those of a generator that ships, and no folder of this machine
     progress: bool = True,
 ) -> Reproduction:
     """Compute the experiments, execute their notebooks, and bind a report. One experiment that fails does not stop the others.
@@ -242,7 +243,7 @@ def reproduce(
     if progress:
         print(summary(plan, workers), file=sys.stderr)
     parameters = {"profile": str(profile), "settings": dict(settings or {}), "seeds": seeds, "store": str(store), "out": str(out),
-                  "aggregation": aggregation}
+                  "aggregation": aggregation, "faces": not shareable}
     with work_bar(plan, workers, progress, plan.goals) as bar:
         shown = Presentation(done, out, settings or {}, bar)
         with side_by_side(out, parameters, shown.notebook_done, 1 if plan.missing else workers) as shown.show:

@@ -1,18 +1,23 @@
-"Put what figures/ say where index and experiments quote it: between `<!-- quote: NAME -->` and `<!-- end of quote -->` the text of NAME.md."
+"""Put what figures/ say where index and experiments quote it: between `<!-- quote: NAME -->` and `<!-- end of quote -->` the text of NAME.md.
+
+Where it says `quote if there`, a file that is not there leaves nothing between."""
 import json
 import re
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-QUOTED = re.compile(r"(<!-- quote: (\S+) -->\n)(?:(?!<!--).*?\n)*(<!-- end of quote -->)")
+QUOTED = re.compile(r"(<!-- quote(?P<perhaps> if there)?: (?P<name>\S+) -->\n)(?:(?!<!--).*?\n)*(?P<end><!-- end of quote -->)")
 
 
 def with_quotes(text: str, figures: Path) -> str:
     "A text with the tables and sentences that it quotes, as they are in `figures`; a table's caption stays out."
     def quote(found):
-        lines = (figures / f"{found[2]}.md").read_text(encoding="utf-8").strip().splitlines()
-        return found[1] + "\n".join(lines[2:] if lines[0].startswith("**") else lines) + "\n" + found[3]
+        file = figures / f"{found['name']}.md"
+        if found["perhaps"] and not file.is_file():
+            return found[1] + found["end"]
+        lines = file.read_text(encoding="utf-8").strip().splitlines()
+        return found[1] + "\n".join(lines[2:] if lines[0].startswith("**") else lines) + "\n" + found["end"]
     return QUOTED.sub(quote, text)
 
 

@@ -248,10 +248,11 @@ def test_reproduce_passes_its_options_on(monkeypatch, capsys):
     stand_in(monkeypatch, "experiments", reproduce=reproduce)
     assert main(["reproduce"]) == 0
     words = "reproduce --profile celeba64 --only a --only b --seeds 2 --out o --store s --set data.root=/x=y --set k=4 --workers 2"
-    assert main([*words.split(), "--aggregation", "published"]) == 0
-    nothing = {"only": None, "seeds": None, "out": None, "store": None, "settings": {}, "workers": None, "aggregation": "mean"}
+    assert main([*words.split(), "--aggregation", "published", "--shareable"]) == 0
+    nothing = {"only": None, "seeds": None, "out": None, "store": None, "settings": {}, "workers": None, "aggregation": "mean",
+               "shareable": False}
     given = {"only": ["a", "b"], "seeds": 2, "out": Path("o"), "store": Path("s"), "settings": {"data.root": "/x=y", "k": "4"},
-             "workers": 2, "aggregation": "published"}
+             "workers": 2, "aggregation": "published", "shareable": True}
     assert calls == [("toy", nothing), ("celeba64", given)]
     assert capsys.readouterr().out == f"1 files of 1 experiments; report: {Path('figures/report.html')}\n" * 2
 

@@ -103,6 +103,8 @@ def reproduce(
     settings: Settings = None,
     aggregation: Annotated[str, option("NAME", "of seeds: mean, or published (as the published code joins them)")] = "mean",
     workers: Annotated[int | None, option("N", "models trained at a time", min=1)] = None,
+    shareable: Annotated[bool, typer.Option("--shareable", help="show no faces but those of a generator that ships, and no folder of this "
+                                                               "machine, so that the results can be passed on")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="tell what would be made and reused, and how long it may take")] = False,
 ):
     """Regenerate the paper's tables and figures.
@@ -117,7 +119,8 @@ def reproduce(
         told, left_out = experiments.make_plan(profile, **which, store=store or "runs")
         failed = {}
     else:
-        done = experiments.reproduce(profile, **which, out=out, store=store, aggregation=aggregation, workers=workers)
+        done = experiments.reproduce(profile, **which, out=out, store=store, aggregation=aggregation, workers=workers,
+                                     shareable=shareable)
         told = f"{len(done.files)} files of {len(done.plan.cases)} experiments; report: {done.report}"
         left_out, failed = done.left_out, done.failed
     typer.echo("\n".join([str(told), *(f"left out: {name}: {reason}" for name, reason in left_out.items())]))

@@ -6,15 +6,16 @@
 __all__ = []
 
 # %% ../../nbs/16_report/00_report.ipynb #2428d9dc
-from . import figures, machine, scores, tables, tradeoffs
+from . import figures, machine, scores, tables, tradeoffs, worlds
 from .scores import *
 from .formats import Cell, TableText
 from .tables import *
-from .drawing import method_styles, write_figure
+from .drawing import method_styles, remove_figure, write_figure
 from .tradeoffs import *
 from .figures import *
 from .machine import *
 from .page import Section, write_html_report
+from .worlds import *
 
-__all__ = [*scores.__all__, "Cell", "TableText", *tables.__all__, "method_styles", "write_figure", *tradeoffs.__all__, *figures.__all__,
-           *machine.__all__, "Section", "write_html_report"]
+__all__ = [*scores.__all__, "Cell", "TableText", *tables.__all__, "method_styles", "remove_figure", "write_figure",
+           *tradeoffs.__all__, *figures.__all__, *machine.__all__, "Section", "write_html_report", *worlds.__all__]
