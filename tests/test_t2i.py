@@ -239,7 +239,7 @@ def folder(tmp_path):
 def test_captions_beside_the_images(folder):
     for i in range(5):
         (folder / f"{i}.txt").write_text(f"face {i}\n")
-    images, captions, *_ = t2i.captioned_faces(folder, size=16, cache=folder / "cache")
+    images, captions = t2i.captioned_faces(folder, size=16, cache=folder / "cache")
     assert images.shape == (5, 3, 16, 16) and captions == [[f"face {i}"] for i in range(5)]
 
 
@@ -247,7 +247,7 @@ def test_captions_beside_the_images(folder):
 def test_captions_in_a_table(folder, name):
     rows = pd.DataFrame({"file_name": ["0.png", "1.png", "1.png"], "text": ["a", "b", "c"]})
     rows.to_json(folder / name, orient="records", lines=True) if name.endswith("l") else rows.to_csv(folder / name, index=False)
-    images, captions, *_ = t2i.captioned_faces(folder, size=16, cache=folder / "cache")
+    images, captions = t2i.captioned_faces(folder, size=16, cache=folder / "cache")
     assert captions == [["a", "a"], ["b", "c"]], "images have equally many captions"
 
 
@@ -269,7 +269,7 @@ def nested(tmp_path):
     (["1.png", "2.png"], ["train/0.png"]),
     (["test/1.png"], ["test/2.png", "train/0.png", "train/1.png"])])  # a path means one image
 def test_images_stay_out_by_name_and_by_path(nested, exclude, left):
-    _, captions, *_ = t2i.captioned_faces(nested / "data", size=16, exclude=exclude, cache=nested / "cache")
+    _, captions = t2i.captioned_faces(nested / "data", size=16, exclude=exclude, cache=nested / "cache")
     assert captions == [[name] for name in left]
 
 
@@ -386,7 +386,7 @@ def test_folders_without_captions_are_told(folder, tmp_path):
 
 def test_celebas_layout_becomes_captions(tmp_path):
     toyfaces.write_celeba(tmp_path, n_train=6, n_val=2, n_test=2, seed=0)
-    images, captions, *_ = t2i.captioned_faces(tmp_path, per_face=3, exclude=["000001.jpg"], cache=tmp_path / "cache")
+    images, captions = t2i.captioned_faces(tmp_path, per_face=3, exclude=["000001.jpg"], cache=tmp_path / "cache")
     assert len(images) == len(captions) == 9 and {len(c) for c in captions} == {3}
     facts = toyfaces.annotations(toyfaces.sample_factors(10, seed=0, start=1))
     assert [bool(re.search(WORDS["male"], c[0])) for c in captions] == facts.Male[1:].astype(bool).tolist()
@@ -422,7 +422,7 @@ def fairface_folder(tmp_path_factory):
 
 
 def test_fairfaces_layout_becomes_captions(fairface_folder, tmp_path):
-    faces = t2i.captioned_faces(fairface_folder, size=16, per_face=40, exclude=["train/1.jpg"], cache=tmp_path)
+    faces = t2i.read_captioned(fairface_folder, size=16, per_face=40, exclude=["train/1.jpg"], cache=tmp_path)
     assert faces.ids == [f"train/{i}.jpg" for i in range(2, 11)] and faces.images.shape == (9, 3, 16, 16)
     women, men = (" ".join(sum(some, [])) for some in (faces.captions[:7], faces.captions[7:]))
     assert re.search("asian (woman|female)", women) and not re.search(r"\b(man|male|black)\b", women)

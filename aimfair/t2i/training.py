@@ -21,7 +21,7 @@ from .autoencoder import latents_of, train_autoencoder
 from .captions import DRAWN_SEED, drawn_faces
 from .denoiser import create_denoiser, create_text_encoder, schedulers, train_tokenizer
 from .distillation import distil
-from .folders import CaptionedFaces, captioned_faces
+from .folders import CaptionedFaces, read_captioned
 from .looks import mirrored_words
 from .pipelines import assemble, sample_sheet, save_pipeline
 from .recipe import T2IConfig, minimise, run_identity, step_generator
@@ -186,7 +186,7 @@ def train_command(
     if data == "drawn":
         faces = CaptionedFaces(*drawn_faces(n, seed=DRAWN_SEED + seed, size=config.size), None, None)
     else:
-        faces = captioned_faces(data, size=config.size, exclude=exclude or (), seed=seed, progress=progress)
+        faces = read_captioned(data, size=config.size, exclude=exclude or (), seed=seed, progress=progress)
     mirror = data != "drawn" if mirror is None else mirror
     train_t2i(faces.images, faces.captions, out=out, config=config, cells=faces.cells, names=faces.ids, mirror=mirror, seed=seed,
               device=device, progress=progress)
