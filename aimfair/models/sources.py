@@ -52,16 +52,15 @@ def _timm(name, weights, n_outputs):
     import timm
     if not timm.list_models(name.split(".")[0]):
         raise ValueError(f"timm has no model {name!r}")
-    if weights == "imagenet-lite0":
-        return load_weights(timm.create_model(name, num_classes=n_outputs), _packaged(name), weights)
-    if weights not in (None, "pretrained"):
+    packaged = _packaged(name) if weights == "imagenet-lite0" else None
+    if packaged is None and weights not in (None, "pretrained"):
         raise WeightsError(f"no weights {weights!r} for timm/{name}: give 'pretrained', 'imagenet-lite0' (for tf_efficientnet_lite0), "
                            "a file, or none")
-    model = _or_say_why(lambda: timm.create_model(name, pretrained=weights is not None, num_classes=n_outputs), name, weights)
+    model = _or_say_why(lambda: timm.create_model(name, pretrained=weights == "pretrained", num_classes=n_outputs), name, weights)
     for head in map(model.get_submodule, heads_of(model)):
         if hasattr(head, "reset_parameters"):  # some of timm's initialise a head for a thousand outputs, far too large for one
             head.reset_parameters()
-    return model
+    return model if packaged is None else load_weights(model, packaged, weights)
 
 # %% ../../nbs/09_models/05_sources.ipynb #91f4936a
 def _torchvision(name, weights, n_outputs):
