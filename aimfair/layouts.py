@@ -7,17 +7,15 @@ __all__ = ['CLIP_L', 'CLIP_H', 'CLIP_G', 'AUTOENCODER', 'UNET_XL', 'UNET_21', 'M
            'clip_tokenizer', 't5_tokenizer', 'text_encoder', 'made_on', 'modules_of', 'random_pipeline']
 
 # %% ../nbs/22_layouts.ipynb #7a7de952
-import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from .core import quiet_libraries, write_whole
+from .core import quiet_libraries
 from .device import seeded
+from .t2i.denoiser import train_tokenizer
 
 # %% ../nbs/22_layouts.ipynb #38c09442
 def _clip(width, layers, heads, projection, act="gelu"):
@@ -74,15 +72,8 @@ TINY_LAYOUTS = {
 
 # %% ../nbs/22_layouts.ipynb #aa422af7
 def clip_tokenizer():
-    "A CLIP tokenizer that spells, with room for 77 tokens."
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-    letters = sorted(ByteLevel.alphabet())
-    vocabulary = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    with tempfile.TemporaryDirectory() as folder:
-        write_whole(Path(folder) / "vocab.json", json.dumps({text: i for i, text in enumerate(vocabulary)}))
-        write_whole(Path(folder) / "merges.txt", "#version: 0.2\n")
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+    "A CLIP tokenizer that spells, as it has learnt from no captions, with room for 77 tokens."
+    return train_tokenizer([], length=77)
 
 
 def t5_tokenizer():

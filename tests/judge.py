@@ -70,6 +70,17 @@ def draw(pipe, texts, seed=0, batch=32, **settings):
     return np.concatenate(parts)
 
 
+def cpu_rate(pipe, texts, repeats):
+    "Images a second of CPU time, at best."
+    draw(pipe, texts[:8])
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        draw(pipe, texts)
+        times.append(time.process_time() - start)
+    return len(texts) / min(times)
+
+
 def compare(generators, per_cell=40, repeats=5, space="efficientnet-lite0"):
     "A column a generator: percent of images that show what was asked, diversity, and images a second of one core, timed in turn."
     torch.set_num_threads(1)

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from judge import draw
 from torch.nn import functional as F
 
 from aimfair.core import write_whole
 from aimfair.data import Faces, fairface, load_faces
-from aimfair.synthesis import features, load_generator, make_config, nearest_distance, resolve_config
+from aimfair.prompts import with_article
+from aimfair.synthesis import features, load_generator, nearest_distance
 from aimfair.t2i import learnt_from
 from aimfair.training import TrainConfig, create_model, fit, predict_logits
 
@@ -27,9 +29,8 @@ WORDS = {"Latino_Hispanic": "Hispanic"}
 TASKS = {"gender": (GENDERS, slice(0, 2)), "race": (RACES, slice(2, 9)), "age": (AGES, slice(9, 18))}
 
 
-def photos(root, seen, size=64, cache=None):
-    "Photos that the generator has not seen, to learn from and to test on, with what is annotated: (Faces, frame) each."
-    table = fairface(root)
+def photos(table, seen, size=64, cache=None):
+    "Photos of a face table that the generator has not seen, to learn from and to test on, with what is annotated: (Faces, frame) each."
     seen = set(seen)
     other = table[[i not in seen for i in table["id"]]]
     # a fifth to test on, by the number in the name
@@ -46,18 +47,6 @@ def codes(frame):
     return np.stack([frame[name].map(list(words).index).to_numpy() for name, (words, _) in TASKS.items()], 1)
 
 
-def train_judge(faces, frame, epochs=6, size=96, seed=11):
-    "One network with the logits of all three questions; it sees the images enlarged."
-    wanted, model = torch.from_numpy(codes(frame)), create_model("timm/tf_efficientnet_lite0", weights="imagenet-lite0", n_outputs=18)
-    judge = Enlarged(model, size)
-    config = TrainConfig(epochs=epochs, batch_size=64, optimizer="adamw", lr=1e-3, schedule="cosine", warmup=0.05, scale=(0.7, 1.0))
-
-    def three_questions(logits, _, rows):
-        asked = wanted[rows]
-        return sum(F.cross_entropy(logits[:, part], asked[:, i], label_smoothing=0.05) for i, (_, part) in enumerate(TASKS.values()))
-    return fit(judge, faces, None, config=config, loss_fn=three_questions, seed=seed, device="cpu", progress=False).model
-
-
 class Enlarged(torch.nn.Module):
     "A network that sees images at a size of its own."
 
@@ -67,6 +56,22 @@ class Enlarged(torch.nn.Module):
 
     def forward(self, x):
         return self.net(F.interpolate(x, (self.size, self.size), mode="bicubic", align_corners=False))
+
+
+def new_judge(size=96, weights=None):
+    "The network with the logits of all three questions, before it has learnt."
+    return Enlarged(create_model("timm/tf_efficientnet_lite0", weights=weights, n_outputs=18), size)
+
+
+def train_judge(faces, frame, epochs=6, size=96, seed=11):
+    "One network with the logits of all three questions; it sees the images enlarged."
+    wanted, judge = torch.from_numpy(codes(frame)), new_judge(size, "imagenet-lite0")
+    config = TrainConfig(epochs=epochs, batch_size=64, optimizer="adamw", lr=1e-3, schedule="cosine", warmup=0.05, scale=(0.7, 1.0))
+
+    def three_questions(logits, _, rows):
+        asked = wanted[rows]
+        return sum(F.cross_entropy(logits[:, part], asked[:, i], label_smoothing=0.05) for i, (_, part) in enumerate(TASKS.values()))
+    return fit(judge, faces, None, config=config, loss_fn=three_questions, seed=seed, device="cpu", progress=False).model
 
 
 def answers(judge, images):
@@ -85,21 +90,10 @@ def asked(per_cell):
             for gender in GENDERS:
                 for _ in range(per_cell):
                     years = rng.integers(max(low, 1), high[0] + 1) if high else rng.integers(71, 86)
-                    article = "an" if str(years)[0] == "8" or years in (11, 18) else "a"
-                    texts.append(f"Portrait face photo of {article} {years}-year-old {WORDS.get(race, race)} {gender.lower()}")
+                    who = with_article(f"{years}-year-old {WORDS.get(race, race)} {gender.lower()}")
+                    texts.append(f"Portrait face photo of {who}")
                     wanted.append({"gender": gender, "race": race, "age": age})
     return texts, pd.DataFrame(wanted)
-
-
-def draw(pipe, texts, seed=0, batch=36, **settings):
-    "uint8 images of prompts, each from noise of its own."
-    config, parts = resolve_config(pipe, make_config(**settings)), []
-    for i in range(0, len(texts), batch):
-        noise = [torch.Generator().manual_seed(seed + j) for j in range(i, min(i + batch, len(texts)))]
-        out = pipe(texts[i:i + batch], num_inference_steps=config.steps, guidance_scale=config.guidance_scale, generator=noise,
-                   output_type="np").images
-        parts.append((out * 255).round().astype(np.uint8).transpose(0, 3, 1, 2))
-    return np.concatenate(parts)
 
 
 def followed(found, wanted):
@@ -142,9 +136,9 @@ def main():
     settings = {key: kind(value) for (key, kind), value in zip((("steps", int), ("guidance_scale", float)), given, strict=False)}
     pipe = load_generator(name, device="cpu")
     seen, table = learnt_from(pipe.config._name_or_path), fairface(options.root)
-    parts = photos(options.root, seen, cache=options.cache)
+    parts = photos(table, seen, cache=options.cache)
     if options.judge and Path(options.judge).is_file():
-        judge = Enlarged(create_model("timm/tf_efficientnet_lite0", n_outputs=18), 96)
+        judge = new_judge()
         judge.load_state_dict(torch.load(options.judge, weights_only=True))
     else:
         judge = train_judge(*parts["train"], epochs=options.epochs)

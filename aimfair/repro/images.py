@@ -34,7 +34,7 @@ from ..prompts import PromptSet, load_prompts
 from .profiles import DataSettings, Protocol, SyntheticSettings
 from .store import Artifact, Job, Store, Work
 from ..synthesis import generator_source, make_config, synthesize
-from ..t2i import SHIPPED, bundled, learnt_from
+from ..t2i import learnt_from
 
 # %% ../../nbs/17_repro/03_images.ipynb #e8ff1a09
 @lru_cache
@@ -299,9 +299,11 @@ def _place(name):
 @lru_cache(maxsize=8)
 def _learnt(synthetic: SyntheticSettings) -> frozenset[str]:
     "Places of the images that the generator has learnt from: neither for training with its images nor for testing what comes of that."
-    name = chosen_generator(synthetic)
-    folder = bundled(name) if name in SHIPPED else Path(name)
-    return frozenset(map(_place, learnt_from(folder)))
+    try:
+        folder, _ = generator_folder(synthetic)
+    except FileNotFoundError:  # said where it is asked to draw
+        folder = None
+    return frozenset(map(_place, learnt_from(folder) if folder else ()))
 
 
 def real_table(images: Images, store: Store | None) -> pd.DataFrame:

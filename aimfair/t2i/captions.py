@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .. import toyfaces
+from ..prompts.grammar import with_article
 
 # %% ../../nbs/07_t2i/01_captions.ipynb #3fe17f04
 _OPENINGS = ("portrait face photo of", "portrait photo of", "portrait of", "face photo of", "photo of", "close-up photo of", "headshot of",
@@ -109,7 +110,7 @@ def compose_caption(
     "One of many ways to say what is known about a face; some of it is left out."
     subject, smile_after = _subject(rng, smiling, young, male, age, race)
     listed = _details(rng, details)
-    caption = f"{_pick(rng, _OPENINGS)} {'an' if subject[0] in 'aeiou' else 'a'} {subject}".strip()
+    caption = f"{_pick(rng, _OPENINGS)} {with_article(subject)}".strip()
     tail = [_pick(rng, _SMILE_AFTER[smile_after])] if smile_after is not None else []
     tail += [("with " if rng.random() < 0.8 else "") + listed] if listed else []
     tail += [_pose_words(rng, pose)] if pose and rng.random() < 0.7 else []
