@@ -7,7 +7,6 @@ __all__ = ['about', 'columns_of', 'photos_of', 'check_photos', 'Network', 'netwo
            'tuning_of', 'Ready', 'check']
 
 # %% ../../nbs/19_fix/02_checks.ipynb #08fcfca7
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from ..groups import Names
 from ..data import faces_table, load_faces, normalize, on_disk
 from ..prompts import GrammarBackend, Task, get_backend, write_prompts
 from ..synthesis import ImageServer, NearDuplicate, SynthesisConfig, attribute_filter, generator_source, make_config, text_image_agreement
-from ..t2i import SHIPPED
+from ..t2i import SHIPPED, never_read
 from ..models import Adapted, class_names_of, image_size, logits_of, model_from, pixels_of
 from ..pipeline import MIN_GROUP, MIN_GROUP_AUTO, AIMFair, adapt
 from ..training import TrainConfig
@@ -152,15 +151,6 @@ def network_of(
         seconds = _seconds_a_look(adapted.model.eval(), some, where)
     return Network(model, size, seconds, sum(p.numel() for p in model.parameters()))
 
-# %% ../../nbs/19_fix/02_checks.ipynb #a66aa6ed
-def _unread(words, folder: Path) -> list[str]:
-    "Words that a generator trained by `aimfair t2i train` never read; of others nothing is known."
-    recipe = folder / "aimfair.json"
-    if not recipe.is_file() or "recipe" not in json.loads(recipe.read_text(encoding="utf-8")):
-        return []
-    known = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    return [word for word in dict.fromkeys(words) if f"{word.lower()}</w>" not in known]
-
 # %% ../../nbs/19_fix/02_checks.ipynb #33aa531c
 def _check_vocabulary(name, folder, task):
     if name == "bundled" and not task.closed:
@@ -168,7 +158,7 @@ def _check_vocabulary(name, folder, task):
                         "under [task], or name another generator: a diffusers folder, a hub id, or openai:MODEL")
     for kind, attribute in (("target", task.target), ("protected", task.protected)):
         for c in attribute.classes:
-            if words := _unread((word for phrase in c.phrases for word in re.findall(r"[^\W\d_]+", phrase)), folder):
+            if words := never_read((word for phrase in c.phrases for word in re.findall(r"[^\W\d_]+", phrase)), folder):
                 raise DataError(f"[task.{kind}] {c.name}: the generator {name} has never read {listed(map(repr, words))}; "
                                 "say it by words that it knows, in phrases, or name another generator")
 

@@ -199,11 +199,19 @@ def full_name(
     raise ValueError(f"no setting {key!r}{did_you_mean(key, known)}" if did_you_mean(key, known) else unknown("setting", key, known))
 
 # %% ../../nbs/17_repro/01_profiles.ipynb #75ef73a3
+def _released(content, settings):
+    "What goes with a part of the profile that is replaced: the weights of another network, the generator where images are not generated."
+    own = content.get("model", {}).get("name", ModelSettings().name)
+    return ({"model.weights": None} if settings.get("model.name", own) != own else {}) | (
+        {"synthetic.generator": ""} if settings.get("synthetic.kind", "generated") != "generated" else {})
+
+
 def _replaced(content, settings):
     "A profile's content with some settings replaced, by their dotted names."
     known, content = list(settings_of(Profile(name=""))), json.loads(json.dumps(content))
-    for key, value in settings.items():
-        *parents, last = full_name(key, known).split(".")
+    settings = {full_name(key, known): value for key, value in settings.items()}
+    for key, value in (_released(content, settings) | settings).items():
+        *parents, last = key.split(".")
         place = content
         for part in parents:
             place = place.setdefault(part, {})

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import heapq
 import os
+import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import progress_bar
+from ..core import listed, progress_bar
 from ..groups import group_name
 from .featurespace import as_table, open_image
 from .filters import NearDuplicate, check_filters, judge, rejection_report
@@ -27,7 +28,7 @@ from .generators import SynthesisConfig, SynthesisError
 from .generators import call_arguments, components_digest, generator_name, load_generator, other_generator
 from .generators import prepared, resolve_config
 from .slots import GroupPrompts, Slots, as_group_prompts, parse_shard
-from ..t2i.pipelines import quiet
+from ..t2i.pipelines import never_read, quiet
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #371dc11b
 def _render(pipe, jobs: list[dict], arguments: dict) -> list[tuple[Any, bool]]:
@@ -235,6 +236,18 @@ def _warn_long(pipe, prompts: GroupPrompts):
                       f"{long[0][:100]}{'...' * (len(long[0]) > 100)}", UserWarning, stacklevel=3)
 
 
+def _warn_unread(pipe, prompts: GroupPrompts):
+    "Warn about words that tell groups apart, and that the generator has never read."
+    folder = getattr(getattr(pipe, "config", None), "_name_or_path", None)
+    words = [[set(re.findall(r"[^\W\d_]+", text.lower())) for text in texts] for texts in prompts.groups.values() if texts]
+    said = [set.intersection(*group) for group in words]
+    telling = set.union(*said) - set.intersection(*said) if folder and said else ()
+    if unread := never_read(sorted(telling), folder or ""):
+        warnings.warn(f"{generator_name(pipe)} has never read {listed(map(repr, unread), 6)}, by which groups are told apart: it will not "
+                      "draw what is asked, and images would be labelled as if it had; other words may do, or another generator",
+                      UserWarning, stacklevel=3)
+
+
 def _cannot_fill(out, short: set[str], per_group: int, max_attempts: float) -> SynthesisError:
     "The error for groups that used up their budget, with the rates."
     report = rejection_report(out)
@@ -287,6 +300,7 @@ def synthesize(
         config = resolve_config(pipe, config)
         call_arguments(pipe, config)
         _warn_long(pipe, prompts)
+        _warn_unread(pipe, prompts)
     with prepared(pipe, config) if local else contextlib.nullcontext():
         identity = _identity(prompts, pipe, config, seed, filters)
         slots = Slots(prompts, per_group, seed, shard, _common_facts(identity))
