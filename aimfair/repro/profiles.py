@@ -200,9 +200,10 @@ def full_name(
 
 # %% ../../nbs/17_repro/01_profiles.ipynb #75ef73a3
 def _released(content, settings):
-    "What goes with a part of the profile that is replaced: the weights of another network, the generator where images are not generated."
-    own = content.get("model", {}).get("name", ModelSettings().name)
-    return ({"model.weights": None} if settings.get("model.name", own) != own else {}) | (
+    "What goes with a part of the profile that is replaced: weights of that network alone, the generator where images are not generated."
+    own = content.get("model", {})
+    other = settings.get("model.name", own.get("name")) != own.get("name") and own.get("weights") in ("bundled", "imagenet-lite0")
+    return ({"model.weights": None} if other else {}) | (
         {"synthetic.generator": ""} if settings.get("synthetic.kind", "generated") != "generated" else {})
 
 
