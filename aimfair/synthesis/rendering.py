@@ -10,7 +10,6 @@ import contextlib
 import gc
 import heapq
 import os
-import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -28,7 +27,7 @@ from .generators import SynthesisConfig, SynthesisError
 from .generators import call_arguments, components_digest, generator_name, load_generator, other_generator
 from .generators import prepared, resolve_config
 from .slots import GroupPrompts, Slots, as_group_prompts, parse_shard
-from ..t2i.pipelines import never_read, quiet
+from ..t2i.pipelines import never_read, plain_words, quiet
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #371dc11b
 def _render(pipe, jobs: list[dict], arguments: dict) -> list[tuple[Any, bool]]:
@@ -239,8 +238,7 @@ def _warn_long(pipe, prompts: GroupPrompts):
 def _warn_unread(pipe, prompts: GroupPrompts):
     "Warn about words that tell groups apart, and that the generator has never read."
     folder = getattr(getattr(pipe, "config", None), "_name_or_path", None)
-    words = [[set(re.findall(r"[^\W\d_]+", text.lower())) for text in texts] for texts in prompts.groups.values() if texts]
-    said = [set.intersection(*group) for group in words]
+    said = [set.intersection(*(set(plain_words(text.lower())) for text in texts)) for texts in prompts.groups.values() if texts]
     telling = set.union(*said) - set.intersection(*said) if folder and said else ()
     if unread := never_read(sorted(telling), folder or ""):
         warnings.warn(f"{generator_name(pipe)} has never read {listed(map(repr, unread), 6)}, by which groups are told apart: it will not "
