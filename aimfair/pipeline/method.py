@@ -78,13 +78,15 @@ class Debiased:
     sensitivity: pd.DataFrame | None  # from `sensitivity_table`; None for other strategies than "selective"
     history: pd.DataFrame  # one row an epoch of fine-tuning
     report: BeforeAfter
+    predictions: pd.DataFrame | None = None  # of both models: images (test, ...), model (before, after), and what `predict` returns
+    faces: dict[str, Faces] = field(default_factory=dict)  # the sets that were measured, by name; not saved
 
     def save(
         self,
         folder: str | Path,  # made whole or not at all
         overwrite: bool = False,  # True replaces a folder that is there
     ) -> Path:  # the folder
-        """Write the model as `save_model` does, a model card (README.md), mask.json, report.json, report.md, and tables as CSV.
+        """Write the model as `save_model` does, a model card (README.md), mask.json, report.json, report.md, predictions and tables.
 
         Raises `FileExistsError` if the folder is there and not empty."""
         with whole_folder(folder, overwrite) as aside:
@@ -100,6 +102,8 @@ class Debiased:
         write_whole(folder / "report.json", self.report.to_dict())
         write_whole(folder / "report.md", "# Before and after\n\n" + self.report._repr_markdown_())
         self.history.to_csv(folder / "history.csv", lineterminator="\n")
+        if self.predictions is not None:
+            self.predictions.to_parquet(folder / "predictions.parquet", index=False)
         if self.sensitivity is not None:
             self.sensitivity.to_csv(folder / "sensitivity.csv", lineterminator="\n")
 
@@ -260,7 +264,7 @@ def _words_of(images):
 def _setup(aim, images, sets, majority, accuracy, tuned):
     "The facts of a run, as plain values."
     batch = {"gradient_batch_size": aim.gradient_batch_size} if aim.strategy == "selective" else {}
-    batch |= {} if tuned.choice is None else {"rule": tuned.choice.rule}
+    batch |= {} if tuned.choice is None else {"rule": tuned.choice.rule, "tolerance": aim.tolerance}
     return {"strategy": aim.strategy, "tensors": len(movable_tensors(aim.model)), "k": tuned.k, "bias": aim.bias,
             "per_group": aim.per_group, "seed": aim.seed, "freeze_batchnorm": aim.freeze_batchnorm,
             "average": aim.average, "mix": aim.mix,
@@ -332,11 +336,26 @@ def _told(aim, report, ready, pixels, images, device):
     return replace(report, setup=report.setup | facts, notes=notes)
 
 # %% ../../nbs/14_pipeline/03_method.ipynb #c484c783
-def _report(aim, model, sets, images, majority, accuracy, tuned, device) -> BeforeAfter:
-    "Measure both models on all sets that can be measured, and say what was done."
-    measured = {"validation": images.val, "synthetic": images.held_out} | ({} if images.test is None else {"test": images.test})
-    figures = compare_predictions({name: tuple(predict(m, faces, device=device, precision=aim.config.precision)
-                                               for m in (model, tuned.fitted.model)) for name, faces in measured.items()}, images.names)
+def _measured(images):
+    "The sets that can be measured."
+    return {"validation": images.val, "synthetic": images.held_out} | ({} if images.test is None else {"test": images.test})
+
+
+def _predictions(aim, model, images, tuned, device):
+    "What both models say of all sets that can be measured."
+    return {name: tuple(predict(m, faces, device=device, precision=aim.config.precision) for m in (model, tuned.fitted.model))
+            for name, faces in _measured(images).items()}
+
+
+def _in_one(pairs):
+    "Predictions before and after of all sets in one frame."
+    return pd.concat([p.assign(images=name, model=when)[["images", "model", *p]] for name, pair in pairs.items()
+                      for when, p in zip(("before", "after"), pair, strict=True)], ignore_index=True)
+
+
+def _report(aim, pairs, sets, images, majority, accuracy, tuned) -> BeforeAfter:
+    "Compare both models on all sets that were measured, and say what was done."
+    figures = compare_predictions(pairs, images.names)
     before = figures.loc[("validation", "accuracy"), "before"]
     notes = [*_batch_notes(aim, sets), *_chance_note(images.val, before), *_unchanged_note(tuned.choice)]
     return BeforeAfter(figures, _setup(aim, images, sets, majority, accuracy, tuned), notes, tuned.choice)
@@ -404,6 +423,8 @@ class AIMFair:
         kept = _Checkpoint(checkpoint, lambda: [*_identity(self, images), repr(pixels)])
         sets, majority, accuracy = _draw_sets(self, ready.model, images, device)
         tuned = _tune(self, ready.model, sets, images, kept, device)
-        report = _report(self, ready.model, sets, images, majority, accuracy, tuned, device)
+        pairs = _predictions(self, ready.model, images, tuned, device)
+        report = _report(self, pairs, sets, images, majority, accuracy, tuned)
         report = _told(self, report, ready, pixels, images, device)
-        return Debiased(ready.restored(tuned.fitted.model), tuned.updated, tuned.sensitivity, tuned.fitted.history, report)
+        return Debiased(ready.restored(tuned.fitted.model), tuned.updated, tuned.sensitivity, tuned.fitted.history, report, _in_one(pairs),
+                        _measured(images))
