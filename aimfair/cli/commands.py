@@ -17,7 +17,7 @@ from .shell import choose, option, parse_settings, ratio, require
 from .shell import Device, Generator, Seed, Settings, Store, Style
 
 # %% auto #0
-__all__ = ['data_split', 'reproduce', 'status', 'doctor', 'debias', 'new_task', 'fix', 'prompts_list', 'prompts_show',
+__all__ = ['data_split', 'reproduce', 'status', 'doctor', 'debias', 'new_task', 'fix', 'explore', 'prompts_list', 'prompts_show',
            'prompts_write', 'parse_filter', 'synthesize', 't2i_train', 't2i_sheet']
 
 # %% ../../nbs/21_cli/03_commands.ipynb #0d327c7f
@@ -294,6 +294,22 @@ def fix(
     typer.echo(plan_fix(task, out, device=device) if plan else run(task, out, device=device))
 
 # %% ../../nbs/21_cli/03_commands.ipynb #235e77e2
+@app.command()
+def explore(
+    result: Annotated[Path, typer.Argument(metavar="FOLDER", help="what aimfair reproduce, fix, debias or synthesize wrote")],
+    out: Annotated[Path, option("FOLDER", "folder for what is saved on the page", file_okay=False)] = Path("explored"),
+    port: Annotated[int | None, option("N", "port to listen on; by default a free one", min=1, max=65535)] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="open the page in a browser")] = True,
+):
+    """Look around in a result: runs, groups, thresholds, errors, images, layers.
+
+    Shows a page on this machine alone, for who has its address with the token, until Ctrl-C. In a notebook, `explore(FOLDER)` of
+    aimfair.explore shows the same.
+    """
+    from aimfair.explore import serve
+    serve(result, out=out, port=port, browser=browser, tell=typer.echo)
+
+
 @prompts_app.command("list")
 def prompts_list():
     "Name the tasks whose prompt sets ship."

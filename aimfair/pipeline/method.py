@@ -258,7 +258,8 @@ def _words_of(images):
     for place, _ in enumerate(names.attributes):
         alone = Names(names.target, attribute_alone(names, place)[0])
         titles |= {group_name((t, p), alone): alone.title((t, p)) for t in range(images.n_classes) for p in range(len(alone.protected))}
-    return {"groups": [group_name(g, names) for g in images.groups], "titles": titles, "classes": list(names.target or ())}
+    return {"groups": [group_name(g, names) for g in images.groups], "titles": titles, "classes": list(names.target or ()),
+            "names": {kind: words and [*words] for kind, words in vars(names).items() if kind != "fixed"}}
 
 
 def _setup(aim, images, sets, majority, accuracy, tuned):
