@@ -398,9 +398,9 @@ def synthesize(
 ):
     """Render a prompt set into labelled images.
 
-    Writes FOLDER/T_P/000001.png and so on, and FOLDER/manifest.parquet. Images that are there are never made again, overwritten or
-    deleted: repeat the command to go on after an interruption, or with a larger --per-group to make the set grow. With --generator
-    openai:MODEL a server draws, with the key in OPENAI_API_KEY, and FOLDER/cost.json says what was paid for.
+    Writes FOLDER/T_P/000001.png and so on, FOLDER/manifest.parquet, and a card, README.md. Images that are there are never made again,
+    overwritten or deleted: repeat the command to go on after an interruption, or with a larger --per-group to make the set grow. With
+    --generator openai:MODEL a server draws, with the key in OPENAI_API_KEY, and FOLDER/cost.json says what was paid for.
     """
     require(prompts=prompts, per_group=per_group, out=out)
     from aimfair import synthesis

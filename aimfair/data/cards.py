@@ -111,6 +111,8 @@ def _chain(error):
 def _why(error: BaseException, endpoint: str) -> str | None:
     "Why something could not be sent, in a line; None where it is not the hub's, the network's or the user's fault."
     for e in _chain(error):
+        if type(e) is ValueError:  # the hub's library has said it already, as of a card that the hub cannot read
+            break
         if status := getattr(getattr(e, "response", None), "status_code", None):
             told = _STATUS.get(status) or " ".join(str(getattr(e, "server_message", None) or e).split())[:300]
             return f"{told} ({status})"
