@@ -362,7 +362,7 @@ def image_set_card(
     text = _SET_CARD.format(
         title=title, facts="\n".join(_set_facts(identity, manifest)),
         table="\n".join(_groups_table(manifest, report, identity["prompts"])),
-        examples="\n".join(f"- {g}: “{texts[0]}”" for g, texts in identity["prompts"].items()),
+        examples="\n".join(f"- {g}: “{' '.join(texts[0].split())}”" for g, texts in identity["prompts"].items()),
         judged=" (a model that compares texts and images was asked, see the filters)" if judged else "",
         licence="Its generator ships with aimfair, under the same licence (Apache 2.0)." if own else
                 "Its licence depends on the generator's, and is not told here.")
