@@ -443,8 +443,9 @@ class CandidatesTab(Tab):
 # %% ../../nbs/20_explore/04_explorer.ipynb #1c5e1384
 _FIT = """
 function render({ el }) {
-  let timer;
-  const fit = () => { clearTimeout(timer); timer = setTimeout(() => window.dispatchEvent(new Event("resize")), 60); };
+  let timers = [];
+  const tell = () => window.dispatchEvent(new Event("resize"));
+  const fit = () => { timers.forEach(clearTimeout); timers = [60, 400, 1500].map((ms) => setTimeout(tell, ms)); };  // plots take a while
   const drawn = (node) => node.querySelector && (node.matches(".plot-container") || node.querySelector(".plot-container"));
   const sizes = new ResizeObserver(fit);
   const plots = new MutationObserver((all) => { if (all.some((m) => [...m.addedNodes].some(drawn))) fit(); });
