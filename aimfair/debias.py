@@ -39,7 +39,7 @@ def _model_name(spec):
     where, _, name = str(spec).rpartition(":")
     return f"{name} in a file {file_digest(where)}" if where.endswith(".py") and Path(where).is_file() else str(spec)
 
-
+# %% ../nbs/15_debias.ipynb #42d4ad34
 def _with_files(predictions, tables, home):
     "Predictions with the file of each image: relative to the result where it lies beside it, so that both can move together."
     def place(path):
@@ -50,7 +50,7 @@ def _with_files(predictions, tables, home):
           for name, source in (("validation", "val"), ("synthetic", "synthetic"), ("test", "test")) if source in tables}
     return predictions.assign(file=[of[name].get(i, "") for name, i in zip(predictions["images"], predictions["id"], strict=True)])
 
-
+# %% ../nbs/15_debias.ipynb #b8c7c8eb
 def _record(options, tables, files):
     "What the numbers of a result depend on, as plain JSON values."
     for name, file in files.items():

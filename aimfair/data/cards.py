@@ -82,7 +82,7 @@ def folder_kind(
     expected = "; or ".join(f"{kind.title} (with {' and '.join(kind.marks)})" for kind in kinds)
     raise HubError(f"{folder}: not a folder that can be sent to the hub; expected {expected}")
 
-
+# %% ../../nbs/04_data/06_cards.ipynb #8dcb7121
 def files_of(
     folder: str | Path,
     leave_out: Iterable[str] = (),  # patterns of paths in the folder; * also stands for folders
@@ -121,7 +121,7 @@ def _why(error: BaseException, endpoint: str) -> str | None:
             return f"no connection to {endpoint} ({told}); what was uploaded is kept: try again"
     return " ".join(str(error).split())[:300] if isinstance(error, ValueError | RuntimeError) else None
 
-
+# %% ../../nbs/04_data/06_cards.ipynb #a7589c59
 @contextlib.contextmanager
 def _told_in_a_line(repo_id: str, endpoint: str, token: str) -> Iterator[None]:
     "What fails inside the block raises `HubError`."
@@ -174,7 +174,7 @@ def _lines(files: dict[str, int], most: int = 8) -> list[str]:
         rows += [(f"{home}/ ({len(inside)} files)", sum(inside.values()))] if home and len(inside) > most else inside.items()
     return [f"{_size(size):>9}  {name}" for name, size in rows]
 
-
+# %% ../../nbs/04_data/06_cards.ipynb #99fa28e4
 @dataclass(frozen=True)
 class Upload:
     "What was sent to the hub, or would be."
@@ -208,7 +208,7 @@ def _send(repo_id, contents, api, repo_type, private, revision, message):
     operations = [CommitOperationAdd(name, content if isinstance(content, bytes) else str(content)) for name, content in contents.items()]
     return repo_id, api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision).commit_url
 
-
+# %% ../../nbs/04_data/06_cards.ipynb #a5f263ea
 def push_folder(
     folder: str | Path,
     repo_id: str,  # "OWNER/NAME"; a name alone is one of your own

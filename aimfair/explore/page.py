@@ -38,7 +38,7 @@ def page_notebook(
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return {"cells": [cell], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
 
-
+# %% ../../nbs/20_explore/05_page.ipynb #094a7062
 def free_port() -> int:
     "A port of the loopback address that nobody listens on."
     with socket.socket() as s:
@@ -62,7 +62,7 @@ def _environment(home, port, token):
     path = os.pathsep.join([ours, *filter(None, [os.environ.get("JUPYTER_PATH")])])
     return {**os.environ, "JUPYTER_PATH": path, "JUPYTER_CONFIG_PATH": str(config)}
 
-
+# %% ../../nbs/20_explore/05_page.ipynb #d0e92855
 def _wait_until_up(process, url, log, seconds=60):
     "Return when the server answers. Raises `OSError` if it ends before."
     end = time.monotonic() + seconds
@@ -77,7 +77,7 @@ def _wait_until_up(process, url, log, seconds=60):
             time.sleep(0.2)
     raise OSError(f"the server did not answer within {seconds} s")
 
-
+# %% ../../nbs/20_explore/05_page.ipynb #e7a8129c
 @contextmanager
 def serving(
     folder: str | Path,  # a result, as for `open_result`
@@ -106,7 +106,7 @@ def serving(
             except subprocess.TimeoutExpired:
                 process.kill()
 
-
+# %% ../../nbs/20_explore/05_page.ipynb #3c9ab4d0
 def serve(
     folder: str | Path,
     *, out: str | Path = "explored", port: int | None = None,  # as for `serving`

@@ -39,7 +39,7 @@ Pictures = Callable[[str, pd.DataFrame], Sequence[np.ndarray | None]]  # of a se
 def _no_pictures(name, rows):
     return [None] * len(rows)
 
-
+# %% ../../nbs/20_explore/01_sources.ipynb #c63844e1
 @dataclass
 class Explorable:
     "What there is to see of a result. What is not there is None."
@@ -89,7 +89,7 @@ def faces_by_id(
         return [None if (at := where.get(str(i))) is None else faces.gather(at)[0].permute(1, 2, 0).numpy() for i in rows["id"]]
     return pictures
 
-
+# %% ../../nbs/20_explore/01_sources.ipynb #946d1185
 def files_of(
     home: Path,  # folder that relative names are told from
     size: int = 96,  # pixels of a side
@@ -123,7 +123,7 @@ def _of_models(predictions, seed, images):
         return _with_prompts(frame, images) if name == "synthetic" else frame
     return {name: lambda name=name: part(name) for name in order}
 
-
+# %% ../../nbs/20_explore/01_sources.ipynb #196df7f4
 def _names_from(setup):
     "Words as a report keeps them."
     return Names(**{kind: words and tuple(words) for kind, words in setup.get("names", {}).items()})
@@ -162,7 +162,7 @@ def _images_beside(home, predictions):
     root = (home / of["file"].iloc[0]).parents[len(Path(of["id"].iloc[0]).parts) - 1]
     return root if (root / "synthesis.json").is_file() else None
 
-
+# %% ../../nbs/20_explore/01_sources.ipynb #ab5b1032
 def of_saved(
     folder: str | Path,  # that `Debiased.save`, or `aimfair debias`, wrote
     title: str = "Before and after debiasing",
@@ -198,7 +198,7 @@ def _sets_of(plan, left_out=()):
 def _protocol_of(plan, name):
     return plan.protocol(next(c for c in plan.cases[name] if c.method))
 
-
+# %% ../../nbs/20_explore/01_sources.ipynb #b5933125
 def _reproduced(title, sets, first):
     "What plans lead to; `first` is a plan and an experiment, for what all have in common."
     plan, name = first
@@ -226,7 +226,7 @@ def _reproduced(title, sets, first):
     return Explorable(title, {label: read for label, (_, _, read) in sets.items()}, names_in(Images.of(protocol)), faces_by_id(faces),
                       folder(), sensitivity, candidates)
 
-
+# %% ../../nbs/20_explore/01_sources.ipynb #00ac1418
 def of_plan(
     plans: Sequence[Plan],
     title: str = "",
@@ -239,7 +239,7 @@ def of_plan(
                                 "or bring the folder back")
     return _reproduced(title or f"Profile {plans[0].profile.name}", sets, next(iter(sets.values()))[:2])
 
-
+# %% ../../nbs/20_explore/01_sources.ipynb #ee7038da
 def of_reproduction(
     folder: str | Path,  # of tables and figures, as `reproduce` wrote them
 ) -> Explorable:
@@ -267,7 +267,7 @@ _KINDS = {CALLS: of_reproduction, "report.json": of_saved, "synthesis.json": _of
           "fix.json": lambda folder: of_saved(folder / "model", _read_json(folder / "fix.json").get("task", {}).get("description")
                                               or "Before and after debiasing")}
 
-
+# %% ../../nbs/20_explore/01_sources.ipynb #08def1b7
 def open_result(
     result: Any,  # a folder, `Debiased`, `Fixed`, `Reproduction`, `Results`, predictions as a frame, or an `Explorable`
     images: str | Path | None = None,  # of a `Debiased`: folder of its synthetic images

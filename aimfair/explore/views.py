@@ -26,7 +26,7 @@ def graph_objects():
         raise ModuleNotFoundError(f"the explorer needs {error.name}: pip install 'aimfair[explore]'", name=error.name) from None
     return go
 
-
+# %% ../../nbs/20_explore/03_views.ipynb #5e651c9f
 def shown(
     figure,  # plotly's
 ):  # the same as a widget, as wide as there is room
@@ -35,7 +35,7 @@ def shown(
     widget._config = {**widget._config, "responsive": True, "displaylogo": False}
     return widget
 
-
+# %% ../../nbs/20_explore/03_views.ipynb #dcfb5fe4
 _GREY = "rgba(128,128,128,0.35)"  # lines that can be seen on light and dark ground alike
 _INK = "#808080"
 _BLACK = "#707070"  # ERM and `before`: black would be lost on dark ground
@@ -122,7 +122,7 @@ def _accuracies(curves, at):
     "Of every group at a threshold, in percent."
     return 100 * curves.filter(regex=r"^\d+_\d+$").iloc[_nearest(curves, at)]
 
-
+# %% ../../nbs/20_explore/03_views.ipynb #9dd1de36
 def thresholds_view(
     curves: Mapping[str, pd.DataFrame],  # of before and after, from `threshold_curves`
     titles: Mapping[str, str],  # words of the groups
@@ -145,7 +145,7 @@ def thresholds_view(
     bars.update_yaxes(autorange="reversed")
     return lines, bars
 
-
+# %% ../../nbs/20_explore/03_views.ipynb #f20dab0e
 def move_threshold(
     lines, bars,  # that `thresholds_view` made, or widgets of them
     curves: Mapping[str, pd.DataFrame],
@@ -186,7 +186,7 @@ def layers_view(
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure
 
-
+# %% ../../nbs/20_explore/03_views.ipynb #37312089
 def candidates_view(
     table: pd.DataFrame,  # as `ChosenK.table`: by k, 0 being the unchanged model
 ):  # plotly Figure
