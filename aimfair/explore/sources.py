@@ -185,8 +185,8 @@ def _sets_of(plan, left_out=()):
     "Predictions of the experiments that are done, by experiment and variant."
     sets = {}
     for name in plan.cases:
-        incomplete = name not in plan.goals or any(h in plan.missing for h in plan.goals[name])
-        if incomplete or not any(c.method for c in plan.cases[name]):
+        complete = name in plan.goals and all(plan.store.has(job.artifact) for job in plan.goals[name].values())
+        if not complete or not any(c.method for c in plan.cases[name]):
             continue
         outcome = Outcome(plan, name, 0)
         for variant in outcome.variants:
