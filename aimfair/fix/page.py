@@ -84,7 +84,7 @@ def _threshold_curves(model):
             return images, {when: threshold_curves(p.dropna(axis=1)) for when, p in part.groupby("model", sort=False)}
     return "", {}
 
-
+# %% ../../nbs/19_fix/04_page.ipynb #63d42b7f
 def _write_pictures(folder, figures, task, report):
     "Synthetic images of every group, figures before and after, thresholds, and the mask by layer, as PNG."
     for name, (_, part) in _sets_in_order(report).items():
