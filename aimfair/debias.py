@@ -70,6 +70,8 @@ class Outcome:
     def __str__(self):
         return f"{self.folder} {'is done' if self.computed else 'was done already, with these options; nothing to do'}\n\n{self.summary}"
 
+    _repr_markdown_ = __str__
+
 
 def _check_record(folder, record, state):
     "Raise if what is in a folder was made with other options."

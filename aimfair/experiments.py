@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .core import in_words, listed, user_path, write_whole
+from .core import Html, as_html, html_table, in_words, listed, user_path, write_whole
 from .repro.catalogue import COMPARISON, EXPERIMENTS, METHODS, STRATEGIES, find_method, rows
 from .repro.notebooks import NotebookParameters, read_parameters, side_by_side
 from .repro.plan import Plan, make_plan, n_workers, summary
@@ -135,8 +135,17 @@ def against_paper(profile: Profile) -> list[str]:
              if ours[k] != theirs[k] and not k.endswith(aside) and not k.startswith("selection.")]
     return [f"Settings that are not the published ones: {'; '.join(apart)}."] if apart else []
 
+# %% ../nbs/18_experiments.ipynb #94924d6c
+def _reproduction_html(done):
+    "What a `Reproduction` shows of itself: every experiment, and where to read on."
+    rows = [(n, f"failed: {done.failed[n]}" if n in done.failed else "done" if n in done.shown else "not shown") for n in done.plan.cases]
+    rows += [(n, f"left out: {why}") for n, why in done.left_out.items()]
+    near = done.report and os.path.relpath(done.report)  # a link that a notebook in this folder can follow
+    report = Html(f'<a href="{as_html(near)}" target="_blank">the report</a>') if near else "no report"
+    return f"{html_table(['experiment', ''], rows, summary(done.plan), words=(0, 1))}<p>{len(done.files)} files, and {as_html(report)}</p>"
+
 # %% ../nbs/18_experiments.ipynb #27fad522
-@dataclass
+@dataclass(repr=False)
 class Reproduction:
     "What a reproduction wrote and what failed."
     plan: Plan
@@ -147,9 +156,12 @@ class Reproduction:
     made: int = 0  # artifacts computed
     report: Path | None = None
 
-    def _repr_markdown_(self):
-        lines = [summary(self.plan), f"{len(self.files)} files, and [a report]({self.report})" if self.report else ""]
-        return "\n\n".join([*lines, *(f"**{name} failed**: {why}" for name, why in self.failed.items())])
+    def __repr__(self):
+        failed = "".join(f"; {name} failed: {why}" for name, why in self.failed.items())
+        return f"Reproduction({summary(self.plan)}; {len(self.files)} files, {self.report or 'no report'}{failed})"
+
+    def _repr_html_(self):
+        return _reproduction_html(self)
 
 
 def lost_experiments(

@@ -135,6 +135,8 @@ class Fixed:
         did = f"is done; read {self.folder / 'report.html'}" if self.computed else "was done already, with these settings; nothing to do"
         return f"{self.folder} {did}\n\n{self.summary}"
 
+    _repr_markdown_ = __str__
+
 
 def plan_fix(
     task: str | Path | Mapping[str, Any],  # a task file, or its content

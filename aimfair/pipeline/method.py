@@ -26,7 +26,7 @@ from ..device import pick_device
 from ..groups import Group, Names, group_name, parse_majority
 from ..data import Faces, FolderKind, Upload, new_card, push_folder
 from ..models import IMAGENET, Pixels, check_model, class_names_of, copy_model, origin_of, pixels_of, save_model
-from ..training import Callback, Fitted, TrainConfig, movable_tensors, predict
+from ..training import Callback, Fitted, TrainConfig, movable_tensors, predict, stages_html
 from ..sensitivity import Gradients, gradient_pass, paper_k, select_parameters, sensitivity_table
 from ..finetuning import FINETUNE, ChosenK, Strategy, accuracy_change, choose_k, finetune, right_answers, trainable_parameters
 from .inputs import adapt, find_majority, gather_images, group_scores, synthetic_sets
@@ -204,7 +204,8 @@ class Debiased(_Sharing):
         return repr(self.report)
 
     def _repr_html_(self):
-        return self.report._repr_html_()
+        names = [n for n, _ in self.model.named_parameters()] if self.sensitivity is None else list(self.sensitivity.index)
+        return f"{self.report._repr_html_()}\n{stages_html(names, set(self.mask))}"
 
     def _repr_markdown_(self):
         return self.report._repr_markdown_()
