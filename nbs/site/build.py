@@ -48,6 +48,8 @@ def shown_outputs(outputs: list[dict], alt: str) -> list[dict]:
     shown = json.loads(json.dumps(outputs))
     for output in shown:
         data = output.get("data", {})
+        for kind in [k for k in data if k.startswith("application/vnd.")]:  # for programs; what people see stands beside it
+            del data[kind]
         if "text/html" in data:
             data["text/html"] = with_alt("".join(data["text/html"]), alt)
         if "text/markdown" in data:  # its headings are parts of an output, not of the chapter

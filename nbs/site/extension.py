@@ -94,6 +94,49 @@ def document_arguments(app, what, name, thing, options, lines):
     lines[:] = [*text, "", *arguments, ""]
 
 
+class Written:
+    "A default value as somebody wrote it."
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def written_defaults(function) -> dict[str, str]:
+    "Default values of a function in the words of its source; none where the source is somebody else's."
+    if hasattr(function, "__wrapped__"):  # its signature was put together
+        return {}
+    try:
+        arguments = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0].args
+    except (OSError, TypeError, SyntaxError, AttributeError):
+        return {}
+    plain = [*arguments.posonlyargs, *arguments.args]
+    pairs = [*zip(plain[len(plain) - len(arguments.defaults):], arguments.defaults, strict=True),
+             *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    return {argument.arg: ast.unparse(default) for argument, default in pairs if default is not None}
+
+
+def shorten_defaults(app, thing, bound):
+    "Show defaults as they were written, and what only has a long form by its type."
+    function = inspect.unwrap(thing, stop=lambda f: hasattr(f, "__signature__")) if callable(thing) else thing
+    try:
+        signature, written = inspect.signature(function), written_defaults(function)
+    except (TypeError, ValueError):
+        return
+    changed = []
+    for parameter in signature.parameters.values():
+        value = parameter.default
+        if value is not parameter.empty and not isinstance(value, Written):
+            text = written.get(parameter.name, repr(value))
+            changed.append(parameter.replace(default=Written(text if len(text) <= 60 and " at 0x" not in text else f"{type(value).__name__}(...)")))
+        else:
+            changed.append(parameter)
+    if inspect.isfunction(thing):
+        thing.__signature__ = signature.replace(parameters=changed)
+
+
 # -- anchors of the names under which rooms offer what their modules define ---------------------------------------------------------------------
 
 def add_aliases(app, doctree):
@@ -188,7 +231,11 @@ def visit_math_block(self, node):
 
 def setup(app):
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
+    app.connect("autodoc-before-process-signature", shorten_defaults)
     app.connect("autodoc-process-docstring", document_arguments)
     app.connect("doctree-read", add_aliases)
     app.add_post_transform(LinkNames)
+    import os
+    if os.environ.get("SITE_MISSING"):
+        app.connect("missing-reference", lambda app, env, node, cont: open(os.environ["SITE_MISSING"], "a").write(f"{node['reftype']} {node['reftarget']} {node.get('py:module')}\n") and None)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
