@@ -1824,6 +1824,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'aimfair.report.page._configuration': ('16_report/page.html#_configuration', 'aimfair/report/page.py'),
                                      'aimfair.report.page._csv_table': ('16_report/page.html#_csv_table', 'aimfair/report/page.py'),
                                      'aimfair.report.page._exhibits_of': ('16_report/page.html#_exhibits_of', 'aimfair/report/page.py'),
+                                     'aimfair.report.page._fingerprint': ('16_report/page.html#_fingerprint', 'aimfair/report/page.py'),
                                      'aimfair.report.page._is_number': ('16_report/page.html#_is_number', 'aimfair/report/page.py'),
                                      'aimfair.report.page._marks': ('16_report/page.html#_marks', 'aimfair/report/page.py'),
                                      'aimfair.report.page._page_template': ('16_report/page.html#_page_template', 'aimfair/report/page.py'),
