@@ -25,8 +25,8 @@ def table_of(rows):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    from aimfair.report.drawing import write_figure
     from aimfair.core import shown_figure
+    from aimfair.report.drawing import write_figure
 
     folder = tmp_path_factory.mktemp("report")
     figure = shown_figure(figsize=(9, 3))
