@@ -69,19 +69,16 @@ class Plan:
         self,
         profile: Profile,
         cases: dict[str, list[Case]],  # by experiment
-        seeds: list[int],
-        store: Store,
+        seeds: list[int], store: Store,
         check: bool = True,  # False plans also where images lack
     ):
-        self.profile, self.cases, self.seeds, self.store, self.check = profile, cases, seeds, store, check
+        self.profile, self.cases, self.seeds, self.store, self.check, self._protocols = profile, cases, seeds, store, check, {}
         forget_files()  # folders may have changed
-        self._protocols: dict[str, Protocol] = {}
         if any(not case.settings for part in cases.values() for case in part):
             self.protocol(Case(""))  # what the profile itself lacks, every experiment lacks
         self.goals, self.impossible = goals_of(cases, self._ends)
         ends = {h: job for part in self.goals.values() for h, job in part.items()}
-        self.jobs = reach(ends)
-        self.missing = reach(ends, lambda job: not store.has(job.artifact))
+        self.jobs, self.missing = reach(ends), reach(ends, lambda job: not store.has(job.artifact))
 
     def protocol(self, case: Case) -> Protocol:
         "The protocol of a case. Raises `ValueError` or `FileNotFoundError` where there are too few images for it."
