@@ -6,12 +6,14 @@
 __all__ = ['DataError', 'DataWarning', 'one_line', 'listed', 'did_you_mean', 'unknown', 'SettingsError', 'Settings', 'user_path',
            'read_settings', 'parse_ratio', 'whole_file', 'write_whole', 'put_in_place', 'whole_folder', 'read_lines',
            'append_lines', 'digest', 'file_digest', 'asset', 'cores', 'in_words', 'quiet_libraries', 'progress_bar',
-           'shown_figure']
+           'shown_figure', 'Html', 'as_html', 'html_table', 'html_bar', 'html_curve', 'data_url', 'html_strip']
 
 # %% ../nbs/00_core.ipynb #cde4601d
+import base64
 import difflib
 import errno
 import hashlib
+import html
 import json
 import logging
 import os
@@ -385,3 +387,92 @@ def shown_figure(**options):  # a matplotlib Figure; `options` are its own
             return buffer.getvalue()
 
     return ShownFigure(**{"layout": "constrained", **options})
+
+# %% ../nbs/00_core.ipynb #fa119765
+class Html(str):
+    "Text that is HTML already, and is not escaped again."
+    def __html__(self):
+        return self
+
+
+def as_html(
+    value: Any,  # `Html` stays as it is; anything else is text
+) -> Html:
+    "A value as it can stand in HTML."
+    return Html(value.__html__() if hasattr(value, "__html__") else html.escape(str(value)))
+
+
+def html_table(
+    head: Iterable[str],  # headings of the columns
+    rows: Iterable[Iterable],  # a value a column
+    caption: str = "",
+    *, words: Iterable[int] = (0,),  # places of columns that stand left; numbers stand right
+) -> Html:
+    "A table as a notebook shows it."
+    places = {i: ' style="text-align:left"' for i in words}
+
+    def line(tag, values):
+        cells = (f"<{tag}{places.get(i, '')}>{as_html(value)}</{tag}>" for i, value in enumerate(values))
+        return f"<tr>{''.join(cells)}</tr>"
+
+    told = f'<caption style="text-align:left">{as_html(caption)}</caption>' if caption else ""
+    return Html(f"<table>{told}<thead>{line('th', head)}</thead><tbody>{''.join(line('td', row) for row in rows)}</tbody></table>")
+
+# %% ../nbs/00_core.ipynb #f1caec40
+def html_bar(
+    share: float,  # in [0, 1]
+    text: str,  # beside the bar
+) -> Html:
+    "A bar with its number."
+    full, empty = "background:var(--jp-brand-color1,#1976d2)", "background:var(--jp-layout-color3,rgba(128,128,128,.3))"
+    box = "display:inline-block;height:.7em;vertical-align:baseline;margin-right:.6em;border-radius:2px"
+    return Html(f'<span style="{box};width:8em;{empty}"><span style="{box};width:{100 * min(max(share, 0), 1):.0f}%;{full}"></span></span>'
+                f"{as_html(text)}")
+
+# %% ../nbs/00_core.ipynb #feb8e917
+def html_curve(
+    values: Iterable[float],  # from left to right; what is not finite leaves a gap
+    label: str,  # what they are, for a screen reader
+    mark: int | None = None,  # the place of a point to mark
+    *, width: int = 150, height: int = 36,  # pixels
+) -> Html:  # nothing where fewer than two are finite
+    "A small line drawing."
+    points = [(i, float(v)) for i, v in enumerate(values) if abs(float(v)) < float("inf")]
+    if len(points) < 2:
+        return Html("")
+    low, high, last = min(v for _, v in points), max(v for _, v in points), max(i for i, _ in points)
+    place = {i: f"{4 + (width - 8) * i / last:.1f},{height - 4 - (height - 8) * (v - low) / (high - low or 1):.1f}" for i, v in points}
+    x, y = place[mark].split(",") if mark in place else ("", "")
+    dot = f'<circle cx="{x}" cy="{y}" r="3.5" fill="var(--jp-brand-color1,#1976d2)"/>' if x else ""
+    line = f'<polyline points="{" ".join(place.values())}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
+    return Html(f'<svg role="img" aria-label="{html.escape(label)}" width="{width}" height="{height}">{line}{dot}</svg>')
+
+# %% ../nbs/00_core.ipynb #a2845e78
+def data_url(
+    picture,  # uint8 array, H x W x 3, or a PIL image
+    kind: str = "png",  # or "jpeg", which is smaller and not exact
+) -> str:
+    "A picture as it can stand in HTML."
+    from PIL import Image
+    content = BytesIO()
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image.save(content, format=kind, **({"quality": 80} if kind == "jpeg" else {}))
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def html_strip(
+    images,  # uint8 array, N x 3 x H x W
+    alt: str,  # what they show
+    side: int = 56,  # pixels of the height of each
+) -> Html:  # nothing for no images
+    "Images side by side."
+    from PIL import Image
+    if not len(images):
+        return Html("")
+    wide = max(1, round(side * images.shape[3] / images.shape[2]))
+    sheet = Image.new("RGB", (wide * len(images), side))
+    for i, image in enumerate(images):
+        small = Image.fromarray(image.transpose(1, 2, 0)).resize((wide, side), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        sheet.paste(small, (wide * i, 0))
+    return Html(f'<img src="{data_url(sheet, "jpeg")}" alt="{html.escape(alt)}" style="display:block;margin:0;max-width:none" '
+                f'width="{sheet.width}" height="{side}">')

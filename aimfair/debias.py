@@ -7,10 +7,11 @@ __all__ = ['Outcome', 'only_worker', 'finetune_config', 'debias']
 
 # %% ../nbs/15_debias.ipynb #edcae762
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -38,7 +39,18 @@ def _model_name(spec):
     where, _, name = str(spec).rpartition(":")
     return f"{name} in a file {file_digest(where)}" if where.endswith(".py") and Path(where).is_file() else str(spec)
 
+# %% ../nbs/15_debias.ipynb #42d4ad34
+def _with_files(predictions, tables, home):
+    "Predictions with the file of each image: relative to the result where it lies beside it, so that both can move together."
+    def place(path):
+        path = Path(path).absolute()
+        return Path(os.path.relpath(path, home)).as_posix() if path.is_relative_to(home.parent) else str(path)
 
+    of = {name: dict(zip(tables[source]["id"].astype(str), map(place, tables[source]["path"]), strict=True))
+          for name, source in (("validation", "val"), ("synthetic", "synthetic"), ("test", "test")) if source in tables}
+    return predictions.assign(file=[of[name].get(i, "") for name, i in zip(predictions["images"], predictions["id"], strict=True)])
+
+# %% ../nbs/15_debias.ipynb #b8c7c8eb
 def _record(options, tables, files):
     "What the numbers of a result depend on, as plain JSON values."
     for name, file in files.items():
@@ -57,6 +69,8 @@ class Outcome:
 
     def __str__(self):
         return f"{self.folder} {'is done' if self.computed else 'was done already, with these options; nothing to do'}\n\n{self.summary}"
+
+    _repr_markdown_ = __str__
 
 
 def _check_record(folder, record, state):
@@ -171,7 +185,8 @@ def debias(
         aim = AIMFair(network, config=config, gradient_batch_size=config.batch_size, device=device, progress=progress, **method)
         pixels = image_size(network) if size is None else size
         faces = {name: load_faces(table, size=pixels, cache=cache, progress=progress) for name, table in tables.items()}
-        return aim.fit(**faces, prompts=prompts_in(tables["synthetic"], faces["synthetic"]), checkpoint=checkpoint)
+        done = aim.fit(**faces, prompts=prompts_in(tables["synthetic"], faces["synthetic"]), checkpoint=checkpoint)
+        return replace(done, predictions=_with_files(done.predictions, tables, Path(out).absolute()))
 
     try:
         return _once(Path(out), record, compute)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Strategy', 'FINETUNE', 'trainable_parameters', 'average_weights', 'finetune', 'real_and_synthetic', 'shortage',
            'repair', 'k_grid', 'distinct_masks', 'judge', 'right_answers', 'accuracy_change', 'candidate_table',
-           'eligible_candidates', 'pick_candidate', 'candidates_in_words', 'ChosenK', 'choose_k']
+           'eligible_candidates', 'pick_candidate', 'candidates_in_words', 'plot_candidates', 'ChosenK', 'choose_k']
 
 # %% ../nbs/12_finetuning.ipynb #b11c3a9d
 from collections.abc import Iterable, Mapping
@@ -292,7 +292,11 @@ def candidates_in_words(
                                        "synthetic worst group", "synthetic EO", ""])
 
 # %% ../nbs/12_finetuning.ipynb #1d850850
-def _plot_candidates(table, k, tolerance):
+def plot_candidates(
+    table: pd.DataFrame,  # by k, 0 being the unchanged model: as `ChosenK.table`
+    k: int | float,  # the chosen one; 0 for none
+    tolerance: float = 2.0,  # standard errors that the bars show
+):  # a matplotlib figure
     "Both figures over k beside those of the unchanged model; a candidate whose bar ends below the dashed line is less accurate."
     fig, start, tuned = shown_figure(figsize=(7, 2.6)), table.loc[0], table.drop(index=0)
     left, right = fig.subplots(1, 2)
@@ -344,7 +348,7 @@ class ChosenK:
 
     def plot(self):
         "Both figures over k beside those of the unchanged model; a candidate whose bar ends below the dashed line is less accurate."
-        return _plot_candidates(self.table, self.k, self.tolerance)
+        return plot_candidates(self.table, self.k, self.tolerance)
 
     def hindsight(
         self,

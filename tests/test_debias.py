@@ -70,7 +70,8 @@ def options(root, out="fairer", **changes):
             "lr": 0.01, "size": 32, "device": "cpu", "cache": f"{root}/cache", "progress": False, **changes}
 
 
-RESULT = ["README.md", "history.csv", "mask.json", "model.safetensors", "report.json", "report.md", "run.json", "sensitivity.csv"]
+RESULT = ["README.md", "history.csv", "mask.json", "model.safetensors", "predictions.parquet", "report.json", "report.md", "run.json",
+          "sensitivity.csv"]
 
 
 def contents(folder):

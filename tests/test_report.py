@@ -779,7 +779,8 @@ def made(tmp_path_factory):
 def test_page_is_balanced_and_self_contained(made):
     _, _, text = made
     page = Page(text)
-    assert page.tags.count("h1") == 1 and not {"script", "link", "iframe", "object", "form"} & set(page.tags)
+    assert page.tags.count("h1") == 1 and page.tags.count("script") == 1
+    assert not {"link", "iframe", "object", "form"} & set(page.tags)
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links) and len(set(page.ids)) == len(page.ids)
     assert "url(" not in text and "@import" not in text and "src=\"http" not in text
 
@@ -809,7 +810,7 @@ def test_page_shows_the_table_as_written(made):
 
 def test_page_escapes_and_hides_paths(made):
     folder, _, text = made
-    assert "<script" not in text and "&lt;script&gt;" in text
+    assert text.count("<script") == 1 and "&lt;script&gt;" in text  # the one that sorts
     for secret in (str(folder), str(folder.parent), "/srv", "/data/", "/home", "my faces/", "faces_of/"):
         assert secret not in text
     words = " ".join(Page(text).words)

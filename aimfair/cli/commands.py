@@ -17,8 +17,8 @@ from .shell import choose, option, parse_settings, ratio, require
 from .shell import Device, Generator, Seed, Settings, Store, Style
 
 # %% auto #0
-__all__ = ['data_split', 'reproduce', 'status', 'doctor', 'debias', 'new_task', 'fix', 'prompts_list', 'prompts_show',
-           'prompts_write', 'parse_filter', 'synthesize', 't2i_train', 't2i_sheet']
+__all__ = ['data_split', 'reproduce', 'status', 'doctor', 'debias', 'new_task', 'fix', 'explore', 'prompts_list', 'prompts_show',
+           'prompts_write', 'parse_filter', 'synthesize', 't2i_train', 't2i_sheet', 'push']
 
 # %% ../../nbs/21_cli/03_commands.ipynb #0d327c7f
 _ATTRIBUTES = {"celeba": ("Smiling", "Male"), "utkface": ("gender", "ethnicity"), "fairface": ("gender", "race"), "folder": (None, None)}
@@ -294,6 +294,22 @@ def fix(
     typer.echo(plan_fix(task, out, device=device) if plan else run(task, out, device=device))
 
 # %% ../../nbs/21_cli/03_commands.ipynb #235e77e2
+@app.command()
+def explore(
+    result: Annotated[Path, typer.Argument(metavar="FOLDER", help="what aimfair reproduce, fix, debias or synthesize wrote")],
+    out: Annotated[Path, option("FOLDER", "folder for what is saved on the page", file_okay=False)] = Path("explored"),
+    port: Annotated[int | None, option("N", "port to listen on; by default a free one", min=1, max=65535)] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="open the page in a browser")] = True,
+):
+    """Look around in a result: runs, groups, thresholds, errors, images, layers.
+
+    Shows a page on this machine alone, for who has its address with the token, until Ctrl-C. In a notebook, `explore(FOLDER)` of
+    aimfair.explore shows the same.
+    """
+    from aimfair.explore import serve
+    serve(result, out=out, port=port, browser=browser, tell=typer.echo)
+
+# %% ../../nbs/21_cli/03_commands.ipynb #263a81ab
 @prompts_app.command("list")
 def prompts_list():
     "Name the tasks whose prompt sets ship."
@@ -398,9 +414,9 @@ def synthesize(
 ):
     """Render a prompt set into labelled images.
 
-    Writes FOLDER/T_P/000001.png and so on, and FOLDER/manifest.parquet. Images that are there are never made again, overwritten or
-    deleted: repeat the command to go on after an interruption, or with a larger --per-group to make the set grow. With --generator
-    openai:MODEL a server draws, with the key in OPENAI_API_KEY, and FOLDER/cost.json says what was paid for.
+    Writes FOLDER/T_P/000001.png and so on, FOLDER/manifest.parquet, and a card, README.md. Images that are there are never made again,
+    overwritten or deleted: repeat the command to go on after an interruption, or with a larger --per-group to make the set grow. With
+    --generator openai:MODEL a server draws, with the key in OPENAI_API_KEY, and FOLDER/cost.json says what was paid for.
     """
     require(prompts=prompts, per_group=per_group, out=out)
     from aimfair import synthesis
@@ -460,3 +476,23 @@ def t2i_sheet(
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out, format="PNG")
     typer.echo(out)
+
+# %% ../../nbs/21_cli/03_commands.ipynb #978fba9b
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="what debias, fix, t2i train or synthesize wrote")],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="repository on the hub; made where it is missing")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="send nothing; tell which files would be sent, and show the card")] = False,
+    private: Annotated[bool, typer.Option("--private", help="make a new repository private")] = False,
+    revision: Annotated[str | None, option("NAME", "branch; by default main")] = None,
+    message: Annotated[str | None, option("TEXT", "of the commit; by default what the folder is")] = None,
+):
+    """Send a model or an image set to the Hugging Face hub.
+
+    A fairer classifier (of fix: its model) and a text-to-image model become models there, an image set a data set; README.md is the card.
+    All files go in one commit; the same command goes on where it was stopped. Log in once with `hf auth login`, or set HF_TOKEN.
+    """
+    from aimfair import data, fix, pipeline, synthesis, t2i
+    kinds = [pipeline.SAVED_MODEL, fix.FIX_RESULT, t2i.GENERATOR, synthesis.IMAGE_SET]
+    typer.echo(data.push_folder(folder, repo_id, kinds=kinds, dry_run=dry_run, private=private or None, revision=revision,
+                                commit_message=message))

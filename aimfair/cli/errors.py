@@ -35,7 +35,7 @@ def _usage(error):
 # %% ../../nbs/21_cli/01_errors.ipynb #15939ebf
 _NETWORK = ("requests", "urllib3", "httpx", "httpcore")
 _EXTRAS = {"timm": "timm", "datasets": "hub", "openai": "llm", "gguf": "llm", "jupyterlab": "lab", "ipywidgets": "lab", "peft": "peft",
-           "tensorboard": "tensorboard", "trackio": "trackio"}
+           "tensorboard": "tensorboard", "trackio": "trackio", "plotly": "explore", "anywidget": "explore", "voila": "explore"}
 _MENDABLE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
 
 

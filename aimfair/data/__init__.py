@@ -7,8 +7,9 @@ __all__ = []
 
 # %% ../../nbs/04_data/00_data.ipynb #8caac671
 from ..core import DataError, DataWarning
-from . import batching, hub, images, reading, tables
+from . import batching, cards, hub, images, reading, tables
 from .batching import *
+from .cards import *
 from .hub import *
 from .images import *
 from .reading import *
@@ -16,4 +17,4 @@ from .tables import *
 from ..groups import biased_split, group_counts
 
 __all__ = ["DataError", "DataWarning", "biased_split", "group_counts",
-           *reading.__all__, *tables.__all__, *images.__all__, *hub.__all__, *batching.__all__]
+           *reading.__all__, *tables.__all__, *images.__all__, *hub.__all__, *batching.__all__, *cards.__all__]

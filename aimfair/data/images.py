@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import DataError, DataWarning, cores, listed, one_line, progress_bar, user_path, whole_folder
+from ..core import DataError, DataWarning, cores, html_strip, html_table, listed, one_line, progress_bar, user_path, whole_folder
 from ..groups import Names, names_of
 
 # %% auto #0
@@ -265,6 +265,35 @@ def _check_arrays(images, values) -> None:
         if given is not None and len(given) != len(images):
             raise DataError(f"{name} has {len(given)} values for {len(images)} images")
 
+# %% ../../nbs/04_data/03_images.ipynb #c2f34252
+_PICTURES, _ROWS = 36, 16  # of a display: images, and groups
+
+
+def _group_rows(target, protected, names):
+    "Name and positions of every group there is, or of every class where no group is known."
+    p = np.full(len(target), -1) if protected is None else protected
+    code = (target - target.min(initial=0)) * (p.max(initial=0) + 2) + p + 1
+    for value in np.unique(code):
+        where = np.flatnonzero(code == value)
+        t, q = int(target[where[0]]), int(p[where[0]])
+        known = names.words((t, max(q, 0)))[0]
+        yield (names.title((t, q)) if q >= 0 else known if protected is None else f"{known}, group unknown"), where
+
+
+def _faces_html(faces):
+    "What `Faces` show of themselves."
+    groups = list(_group_rows(faces.target, faces.protected, faces.names))
+    each, rows = min(8, max(2, _PICTURES // max(1, min(_ROWS, len(groups))))), []
+    for name, where in groups[:_ROWS]:
+        some = where[np.unique(np.linspace(0, len(where) - 1, each).round().astype(int))]
+        rows.append((name, f"{len(where):,}", html_strip(faces.gather(some).numpy(), f"{len(some)} of {len(where):,} images: {name}")))
+    rest = sum(len(where) for _, where in groups[_ROWS:])
+    rows += [(f"and {len(groups) - _ROWS} more", f"{rest:,}", "")] if rest else []
+    height, width = faces.size
+    left_out = f"; {len(faces.dropped):,} left out" if faces.dropped else ""
+    head = ["class; groups unknown" if faces.protected is None else "class, group", "images", ""]
+    return html_table(head, rows, f"{len(faces):,} images of {height} x {width} pixels{left_out}", words=(0, 2))
+
 # %% ../../nbs/04_data/03_images.ipynb #12662cde
 class Faces(Pixels):
     "Decoded faces: their pixels, and for every face its labels and its id."
@@ -326,6 +355,8 @@ class Faces(Pixels):
     def __repr__(self):
         height, width = self.size
         return f"Faces({len(self)} images of {height} x {width}, groups {'unknown' if self.protected is None else 'known'})"
+
+    _repr_html_ = _faces_html
 
 # %% ../../nbs/04_data/03_images.ipynb #e3335e8d
 def _file_keys(paths: list[str]) -> list[str]:

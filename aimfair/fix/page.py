@@ -21,7 +21,7 @@ from ..synthesis import image_grid, rejection_report
 from ..sensitivity import plot_sensitivity
 from ..finetuning import candidates_in_words
 from ..pipeline import BeforeAfter
-from ..report import Cell, Section, TableText, write_html_report
+from ..report import Cell, Section, TableText, plot_change, plot_thresholds, threshold_curves, write_html_report
 
 # %% ../../nbs/19_fix/04_page.ipynb #04f93bad
 def saved_report(
@@ -38,14 +38,19 @@ def saved_report(
 _SETS = {"test": "test photos", "validation": "validation photos", "synthetic": "synthetic images"}
 
 
+def _sets_in_order(report):
+    "By name of the section: the set of images, those of the test photos first, and its figures."
+    sets = sorted(report.figures.index.unique("images"), key=lambda name: not name.startswith("test"))
+    return {f"figures-{i}": (images, report.figures.loc[images]) for i, images in enumerate(sets)}
+
+
 def _figure_sections(report):
-    "A section for each set of images, those of the test photos first, and what the figures say."
+    "A section for each set of images, and what the figures say."
     table, sections = report.table(), []
-    for images in sorted(table["images"].unique(), key=lambda name: not name.startswith("test")):
+    for name, (images, _) in _sets_in_order(report).items():
         rows = [(row["figure, %"], tuple(Cell(row[c]) for c in ("n", "before", "after", "change")))
                 for _, row in table[table["images"] == images].iterrows()]
         first, _, attribute = images.partition(" by ")
-        name = f"figures-{len(sections)}"
         text = TableText(header=("figure, %", "n", "before", "after", "change"), rows=rows, name=name)
         title = f"Before and after: {_SETS.get(first, first)}" + (f", by {attribute}" if attribute else "")
         sections.append(Section(name, title, "", (), tables=(text,)))
@@ -63,13 +68,34 @@ def heading_of(task: Task) -> str:
     return f"{name[:1].upper()}{name[1:]}, fairer by {task.protected.name}"
 
 
-def _write_pictures(folder, figures, task):
-    "Synthetic images of every group, and the mask by layer, as PNG."
+def _write_png(figure, path):
+    with whole_file(path) as aside:
+        figure.savefig(aside, format="png", dpi=130, metadata={"Software": None})
+
+
+def _threshold_curves(model):
+    "Figures over thresholds of both models on the test photos, else on synthetic images; none where no group is known."
+    if not (model / "predictions.parquet").is_file():
+        return "", {}
+    predictions = pd.read_parquet(model / "predictions.parquet")
+    for images in ("test", "synthetic"):
+        part = predictions[(predictions["images"] == images) & (predictions["protected"] >= 0)]
+        if len(part) and part["target"].nunique() == 2 and len(part.filter(regex="^logit").dropna(axis=1).columns) < 3:
+            return images, {when: threshold_curves(p.dropna(axis=1)) for when, p in part.groupby("model", sort=False)}
+    return "", {}
+
+# %% ../../nbs/19_fix/04_page.ipynb #63d42b7f
+def _write_pictures(folder, figures, task, report):
+    "Synthetic images of every group, figures before and after, thresholds, and the mask by layer, as PNG."
+    for name, (_, part) in _sets_in_order(report).items():
+        _write_png(plot_change(part, titles=report.setup.get("titles", {})), figures / f"{name}.png")
+    images, curves = _threshold_curves(folder / "model")
+    if curves:
+        _write_png(plot_thresholds(curves, title=_SETS[images]), figures / "thresholds.png")
     with whole_file(figures / "images.png") as aside:
         image_grid(folder / "images", size=96, names=titles_of(task)).save(aside, format="PNG")
     if (table := folder / "model" / "sensitivity.csv").is_file():
-        with whole_file(figures / "mask.png") as aside:
-            plot_sensitivity(pd.read_csv(table, index_col=0)).savefig(aside, format="png", dpi=130, metadata={"Software": None})
+        _write_png(plot_sensitivity(pd.read_csv(table, index_col=0)), figures / "mask.png")
 
 
 def _images_section(folder, task, prompts):
@@ -93,7 +119,7 @@ def paragraphs(
     text = re.sub(r"\n(?=[^\n-])", " ", found[1].strip()) if found else ""
     return [" ".join(line.removeprefix("- ").split()) for line in text.splitlines() if line.strip()]
 
-
+# %% ../../nbs/19_fix/04_page.ipynb #60ee798e
 def _choice_section(folder):
     "The candidates for k, where it was chosen among them."
     content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -108,6 +134,12 @@ def _choice_section(folder):
                     tables=(TableText(header=header, rows=rows, name="choice", note=note),))]
 
 
+def _threshold_section(folder):
+    "The figures over thresholds, where there are any."
+    what = "What becomes of the figures where yes does not begin at one half; `aimfair explore` shows the faces behind them."
+    return [Section("thresholds", "Over all thresholds", what)] if (folder / "figures" / "thresholds.png").is_file() else []
+
+# %% ../../nbs/19_fix/04_page.ipynb #a81788c5
 def _mask_section(folder, report):
     "What was changed in the classifier."
     setup = report.setup
@@ -130,9 +162,9 @@ def write_page(
 ) -> Path:  # report.html
     "Write the report, and its pictures into `figures`."
     report, card = saved_report(folder / "model"), (folder / "model" / "README.md").read_text(encoding="utf-8")
-    _write_pictures(folder, folder / "figures", task)
-    sections = [_images_section(folder, task, prompts), *_figure_sections(report), *_choice_section(folder / "model"),
-                _mask_section(folder, report),
+    _write_pictures(folder, folder / "figures", task, report)
+    sections = [_images_section(folder, task, prompts), *_figure_sections(report), *_threshold_section(folder),
+                *_choice_section(folder / "model"), _mask_section(folder, report),
                 Section("card", "The card", "", (*paragraphs(card, "What it is"), *paragraphs(card, "What it does not promise")))]
     about = {"task": task.description, "classifier": settings["model.name"], "generator": settings["generator.name"],
              "seeds": sorted({settings[f"{part}.seed"] for part in ("prompts", "generator", "method")})}

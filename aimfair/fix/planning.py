@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import in_words
+from ..core import as_html, html_table, in_words
 from ..device import pick_device
 from ..synthesis import generator_source
 from ..repro.costs import generation_rate
@@ -97,7 +97,7 @@ class Step:
     bytes: int
 
 # %% ../../nbs/19_fix/03_planning.ipynb #37a6bc19
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     "What `fix` would do. It displays as a table."
     steps: list[Step]
@@ -105,17 +105,31 @@ class Plan:
     cache: int  # bytes of decoded images
     free: int  # bytes that are free where the result goes
 
-    def __str__(self):
+    def rows(self) -> list[tuple[str, str, str, str, str]]:  # name, what, state, time and room in words; all of them at last
+        "The table that is displayed."
         rows = [(s.name, s.what, s.state, "" if s.state == "done" else f"about {in_words(max(1, s.seconds))}",
                  "" if s.state == "done" else in_bytes(s.bytes)) for s in self.steps]
         left = [s for s in self.steps if s.state != "done"]
-        rows.append(("all", "", "", f"about {in_words(max(1, sum(s.seconds for s in left)))}", in_bytes(sum(s.bytes for s in left))))
+        return [*rows, ("all", "", "", f"about {in_words(max(1, sum(s.seconds for s in left)))}", in_bytes(sum(s.bytes for s in left)))]
+
+    def about(self) -> list[str]:
+        "Sentences that belong under the table."
+        return ["Times are rough: the classifier was timed here, the generator's pace is assumed, and a begun step is reckoned from its "
+                "start.",
+                f"Decoded images take {in_bytes(self.cache)} in the cache; {in_bytes(self.free)} are free for the result.",
+                *(f"Note: {note}" for note in self.notes)]
+
+    def __str__(self):
+        rows = self.rows()
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         table = ["  ".join(cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
-        return "\n".join([*table, "", "Times are rough: the classifier was timed here, the generator's pace is assumed, and a begun step "
-                                      "is reckoned from its start.",
-                          f"Decoded images take {in_bytes(self.cache)} in the cache; {in_bytes(self.free)} are free for the result.",
-                          *(f"Note: {note}" for note in self.notes)])
+        return "\n".join([*table, "", *self.about()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self):
+        notes = "".join(f"<li>{as_html(line)}</li>" for line in self.about())
+        return f"{html_table(['step', '', 'state', 'time', 'room'], self.rows(), words=(0, 1, 2))}<ul>{notes}</ul>"
 
 # %% ../../nbs/19_fix/03_planning.ipynb #eff3b518
 def _said(ready):

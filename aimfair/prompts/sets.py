@@ -11,11 +11,10 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..core import SettingsError, asset, digest, listed, unknown, write_whole
+from ..core import Html, SettingsError, as_html, asset, digest, html_table, listed, unknown, write_whole
 from .checks import check_prompt
 from .tasks import TASKS, PromptError, Task, known_style, load_task, names_a_file, read_table
 
@@ -80,11 +79,10 @@ class PromptSet:
         return f"PromptSet({self.task.name}, {self.style}, {{{counts}}}, digest {self.digest})"
 
     def _repr_html_(self):
-        rows = "".join(f"<tr><th>{g}</th><td>{len(p)}</td><td style='text-align:left'>{'<br>'.join(map(escape, p[:3]))}</td></tr>"
-                       for g, p in self.groups.items())
-        model = escape(str(self.provenance.get("model", "")))
-        head = f"<caption>{escape(self.task.name)}, {self.style}, {model}, digest {self.digest}</caption>"
-        return f"<table>{head}<tr><th>group</th><th>prompts</th><th>the first</th></tr>{rows}</table>"
+        rows = [(f"{group}  {', '.join(c.name for c in self.task.classes(group))}", len(texts), Html("<br>".join(map(as_html, texts[:3]))))
+                for group, texts in self.groups.items()]
+        told = [self.task.name, self.style, self.provenance.get("model"), f"digest {self.digest}"]
+        return html_table(["group", "prompts", "the first"], rows, ", ".join(str(word) for word in told if word), words=(0, 2))
 
 # %% ../../nbs/06_prompts/09_sets.ipynb #6adeca2c
 def _set_from(content: Mapping[str, Any]) -> PromptSet:  # as `PromptSet.to_dict` has it

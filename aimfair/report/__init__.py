@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/16_report/00_report.ipynb #2428d9dc
-from . import figures, machine, scores, tables, tradeoffs, worlds
+from . import figures, machine, scores, tables, thresholds, tradeoffs, worlds
 from .scores import *
 from .formats import Cell, TableText
 from .tables import *
@@ -15,7 +15,8 @@ from .tradeoffs import *
 from .figures import *
 from .machine import *
 from .page import Section, write_html_report
+from .thresholds import *
 from .worlds import *
 
 __all__ = [*scores.__all__, "Cell", "TableText", *tables.__all__, "method_styles", "remove_figure", "write_figure",
-           *tradeoffs.__all__, *figures.__all__, *machine.__all__, "Section", "write_html_report", *worlds.__all__]
+           *tradeoffs.__all__, *figures.__all__, *machine.__all__, "Section", "write_html_report", *thresholds.__all__, *worlds.__all__]

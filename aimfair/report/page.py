@@ -8,6 +8,7 @@ __all__ = ['INTRODUCTION', 'without_paths', 'Section', 'Picture', 'Exhibit', 'wr
 # %% ../../nbs/16_report/08_page.ipynb #3c47d974
 import base64
 import csv
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -55,12 +56,17 @@ def _through_door(value):
     return value if hasattr(value, "__html__") else without_paths(value)  # what a template made has been through it
 
 
+def _fingerprint(text):
+    "By which a page names a script that may run, and no other."
+    return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
 def _page_template(
     name: str,  # "report.html.j2", or "parts.html.j2", of which it is made
 ) -> Template:
     "A template behind the door."
     environment = templates(finalize=_through_door)
-    environment.filters["marks"] = _marks
+    environment.filters |= {"marks": _marks, "fingerprint": _fingerprint}
     return environment.get_template(name)
 
 # %% ../../nbs/16_report/08_page.ipynb #39af0a34

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..core import cores, in_words, unknown
+from ..core import cores, html_table, in_words, unknown
 from .catalogue import EXPERIMENTS, Case, Main, cases_of
 from .choices import Tuned
 from .costs import expected_seconds
@@ -123,6 +123,9 @@ class Plan:
     def __repr__(self):
         return described(self)
 
+    def _repr_html_(self):
+        return _plan_html(self)
+
 # %% ../../nbs/17_repro/09_plan.ipynb #ea764bec
 def n_models(jobs: Iterable[Job]) -> int:
     "How many of some jobs train a model."
@@ -166,6 +169,16 @@ def by_stage(plan: Plan) -> pd.DataFrame:  # by stage: there, to make, minutes (
     return frame.groupby("stage").sum().astype({"there": int, "to make": int}).round({"minutes": 1})
 
 # %% ../../nbs/17_repro/09_plan.ipynb #64ba9cae
+def _plan_html(plan):
+    "The whole plan, for a notebook."
+    stages = [(stage, *(f"{v:g}" for v in row)) for stage, *row in by_stage(plan).itertuples()]
+    cases = [(name, len(part), plan.impossible.get(name, "")) for name, part in plan.cases.items()]
+    why = ["why it cannot be done"] if plan.impossible else []
+    told = summary(plan, n_workers(None, plan.profile.run.threads))
+    return (html_table(["stage", "there", "to make", "minutes of one process"], stages, told)
+            + html_table(["experiment", "cases", *why], [row[:2 + len(why)] for row in cases], words=(0, 2)))
+
+
 def described(plan: Plan) -> str:
     "The whole plan, for a terminal."
     workers = n_workers(None, plan.profile.run.threads)

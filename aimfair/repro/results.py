@@ -57,7 +57,7 @@ def as_toml(choices: Mapping[str, int]) -> str:
     return "\n".join(["[choices]", *(f"{json.dumps(method)} = {number}" for method, number in choices.items()), ""])
 
 # %% ../../nbs/17_repro/11_results.ipynb #07831d7d
-@dataclass
+@dataclass(repr=False)
 class Outcome:
     "Predictions of some cases."
     plan: Plan
@@ -71,6 +71,9 @@ class Outcome:
     def __post_init__(self):
         self.profile, self.seeds, self.cases = self.plan.profile, self.plan.seeds, self.plan.cases[self.name]
         self.variants = list(dict.fromkeys(c.variant for c in self.cases))
+
+    def __repr__(self):
+        return f"{type(self).__name__} of {self.name}: {len(self.cases)} cases over {len(self.seeds)} seeds, profile {self.profile.name}"
 
     @property
     def stem(self) -> Path:

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import unknown
+from ..core import html_bar, html_table, unknown
 from .gradients import Gradients
-from ..training import Mask
+from ..training import Mask, network_stages
 
 # %% ../../nbs/11_sensitivity/02_ranking.ipynb #86753856
 def _check_same(a: Gradients, b: Gradients):
@@ -110,7 +110,7 @@ def _rank(values, descending=False):  # equal values in the model's order
     order = torch.argsort(values, stable=True, descending=descending)
     return torch.empty_like(order).index_copy_(0, order, torch.arange(1, len(order) + 1))
 
-# %% ../../nbs/11_sensitivity/02_ranking.ipynb #0ac79116
+# %% ../../nbs/11_sensitivity/02_ranking.ipynb #ef14705c
 def _as_mask(chosen, shapes, grain):
     "Booleans of all units, in the model's order, as a mask; without the tensors of which nothing is chosen."
     parts = dict(zip(shapes, chosen.split([math.prod(s) for s in shapes.values()]), strict=True))
@@ -118,7 +118,18 @@ def _as_mask(chosen, shapes, grain):
         return {n for n, c in parts.items() if c.any()}
     return {n: c.reshape(shapes[n]).clone() for n, c in parts.items() if c.any()}
 
+# %% ../../nbs/11_sensitivity/02_ranking.ipynb #09854b3f
+def _ranking_html(ranking):
+    "What a `Ranking` shows of itself: the units of every stage that the paper's share would choose."
+    sizes = [math.prod(s) for s in ranking.shapes.values()]
+    counts = {n: (int(c.sum()), len(c)) for n, c in zip(ranking.shapes, ranking.chosen(None).split(sizes), strict=True)}
+    rows = []
+    for stage, names in network_stages(list(counts)).items():
+        n, of = (sum(counts[name][i] for name in names) for i in (0, 1))
+        rows.append((stage, html_bar(n / of, f"{n:,} of {of:,}")))
+    return html_table(["stage", f"{ranking.grain}s that the paper's share, 55 of 62, would choose"], rows[:40], repr(ranking), words=(0, 1))
 
+# %% ../../nbs/11_sensitivity/02_ranking.ipynb #0ac79116
 @dataclass(frozen=True, repr=False, eq=False)
 class Ranking:
     "How the units of a network (tensors, channels or elements) rank by their reaction to the domain and to bias."
@@ -132,6 +143,8 @@ class Ranking:
 
     def __repr__(self):
         return f"Ranking of {len(self):,} {self.grain}s; the two rankings first meet at k={self.smallest_k}"
+
+    _repr_html_ = _ranking_html
 
     @property
     def smallest_k(self) -> int | float:

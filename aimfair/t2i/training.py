@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from ..core import append_lines, digest, user_path, write_whole
+from ..data import is_celeba, is_fairface, write_card
 from ..device import autocast, evaluating, pick_device, seeded
 from .autoencoder import latents_of, train_autoencoder
 from .captions import DRAWN_SEED, drawn_faces
@@ -23,7 +24,7 @@ from .denoiser import create_denoiser, create_text_encoder, schedulers, train_to
 from .distillation import distil
 from .folders import CaptionedFaces, read_captioned
 from .looks import mirrored_words
-from .pipelines import assemble, sample_sheet, save_pipeline
+from .pipelines import assemble, generator_card, sample_sheet, save_pipeline
 from .recipe import T2IConfig, minimise, run_identity, step_generator
 
 # %% ../../nbs/07_t2i/09_training.ipynb #a79b1e78
@@ -131,6 +132,7 @@ def train_t2i(
     config: T2IConfig | None = None,
     cells: Sequence | None = None,  # of each image, the combination of what it shows, for `config.balance`
     names: Sequence[str] | None = None,  # of the images, kept as `out`/images.txt: what the model has seen
+    data: str | None = None,  # where the images are from, in words, for the card
     mirror: bool = False,  # show images also mirrored, left and right exchanged in their captions
     sheet_prompts: Sequence[str] | None = None,  # of the sample sheets; None: captions from all over the images
     seed: int = 0,
@@ -164,12 +166,21 @@ def train_t2i(
         pipeline = _student(pipeline, batches, identity, work, prompts, device, progress)
     steps, scale = (1, 1.0) if config.distillation_steps else (config.sampling_steps, config.guidance_scale)
     save_pipeline(pipeline, out, about={"recipe": config.model_dump(mode="json"), "images": len(images), "seed": seed,
-                                        "num_inference_steps": steps, "guidance_scale": scale})
+                                        "num_inference_steps": steps, "guidance_scale": scale} | ({"data": data} if data else {}))
     if names is not None:
         write_whole(user_path(out) / "images.txt", "\n".join(names) + "\n")
+    write_card(out, generator_card(out))
     return pipeline
 
 # %% ../../nbs/07_t2i/09_training.ipynb #b294026c
+def _origin(data):
+    "Where images are from, in words; a folder of one's own is not named."
+    if data == "drawn":
+        return "drawn faces"
+    root = user_path(data)
+    return "CelebA" if is_celeba(root) else "FairFace" if is_fairface(root) else "a folder with captions"
+
+
 def train_command(
     data: str = "drawn",  # "drawn", or a folder
     *, out: str | Path,
@@ -188,6 +199,6 @@ def train_command(
     else:
         faces = read_captioned(data, size=config.size, exclude=exclude or (), seed=seed, progress=progress)
     mirror = data != "drawn" if mirror is None else mirror
-    train_t2i(faces.images, faces.captions, out=out, config=config, cells=faces.cells, names=faces.ids, mirror=mirror, seed=seed,
-              device=device, progress=progress)
+    train_t2i(faces.images, faces.captions, out=out, config=config, cells=faces.cells, names=faces.ids, data=_origin(data), mirror=mirror,
+              seed=seed, device=device, progress=progress)
     return user_path(out)

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core import digest, progress_bar, shown_figure, whole_file
+from ..core import Html, digest, html_curve, html_table, progress_bar, shown_figure, whole_file
 from ..data import Faces, chosen_batches
 from ..device import autocast, pick_device, seeded, stream_seed
 from ..models import classification_loss, logits_of, predicted_labels
@@ -192,6 +192,23 @@ def _resume(path, identity, run):
     run.optimizer.load_state_dict(state["optimizer"])
     return _Progress(state["history"], {n: Best(*b) for n, b in state["best"].items()})
 
+# %% ../../nbs/10_training/05_loop.ipynb #4d8072f6
+def _history_html(fitted):
+    "What `Fitted` shows of itself."
+    history, best = fitted.history, fitted.best_epoch
+    if not len(history):
+        return Html(f"<p>{type(fitted.model).__name__}, not trained</p>")
+    percent, rows = ("train_accuracy", "val_accuracy"), []
+    for column in [c for c in ("loss", *percent) if c in history and history[c].notna().any()]:
+        values, scale, unit = history[column].to_numpy(float), 100 if column in percent else 1, " %" if column in percent else ""
+        name, kept = {"loss": "training loss"}.get(column, column.replace("_", " ")), f"{scale * values[best]:.4g}{unit}"
+        said = f"{name}, {scale * values[0]:.4g}{unit} at first, {scale * values[-1]:.4g}{unit} at last, {kept} in the epoch that was kept"
+        rows.append((name, kept, html_curve(values, said, mark=best)))
+    shown = html_table(["", f"epoch {best}", f"epochs 0 to {len(history) - 1}"], rows, f"{type(fitted.model).__name__}, {len(history)} "
+                       f"epoch{'s' * (len(history) != 1)}; kept: epoch {best}", words=(0, 2))
+    lines = [(epoch, *(f"{v:.4g}" for v in row)) for epoch, row in zip(history.index[:200], history.to_numpy(float), strict=False)]
+    return Html(f"{shown}<details><summary>all epochs</summary>{html_table(['epoch', *history.columns], lines)}</details>")
+
 # %% ../../nbs/10_training/05_loop.ipynb #0e85d16c
 @dataclass
 class Fitted:
@@ -211,8 +228,7 @@ class Fitted:
         best = {n: b._replace(state=inner(b.state)) for n, b in self.best.items()}
         return Fitted(self.model.get_submodule(name), self.history, self.best_epoch, self.val_accuracy, best)
 
-    def _repr_html_(self):
-        return self.history.style.format(precision=4).set_caption(f"best epoch {self.best_epoch}").to_html()
+    _repr_html_ = _history_html
 
     def plot(self):
         "Loss and accuracies over the epochs."
