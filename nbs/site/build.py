@@ -186,7 +186,7 @@ def entry(name: Name) -> str:
     if inspect.isfunction(name.value):
         return f".. autofunction:: {name.full}\n"
     value = value_line(name.value)
-    return f".. py:data:: {name.full}\n" + (f"   :value: {value}\n" if value else f"   :type: {type(name.value).__name__}\n")
+    return f".. py:data:: {name.name}\n" + (f"   :value: {value}\n" if value else f"   :type: {type(name.value).__name__}\n")
 
 
 def module_page(chapter: Chapter, children: list[Chapter]) -> str:
@@ -197,12 +197,12 @@ def module_page(chapter: Chapter, children: list[Chapter]) -> str:
              f"Chapter: [{chapter.title}]({relative(f'nbs/{chapter.path}.ipynb', page)})\n"]
     if children:
         rows = [f"| [`{c.module}`]({relative(pages.page(c.module) + '.md', page)}) | "
-                + (", ".join(f"`{n.full}`" for n in pages.by_module[c.module]) or "no public names") + " |" for c in children]
-        lines += ["| module | names |\n|---|---|\n" + "\n".join(rows).replace("`" + module + ".", "`" + module + ".") + "\n",
+                + (", ".join(f"[`{n.name}`]({relative(pages.page(c.module) + '.md', page)}#{n.full})" for n in pages.by_module[c.module]) or "no public names") + " |" for c in children]
+        lines += ["| module | names |\n|---|---|\n" + "\n".join(rows) + "\n",
                   toctree([c.module.split(".")[-1] for c in children])]
     names = pages.by_module[module]
     if names:
-        lines.append("```{eval-rst}\n" + f".. py:module:: {module}\n   :no-index:\n\n" + "\n".join(map(entry, names)) + "\n```\n")
+        lines.append("```{eval-rst}\n" + f".. py:currentmodule:: {module}\n\n" + "\n".join(map(entry, names)) + "\n```\n")
     elif not children:
         lines.append("It has no public names.\n")
     return "\n".join(lines)
@@ -227,8 +227,8 @@ def read_elsewhere() -> dict[str, tuple[str, list[tuple[str, str, str]]]]:
     "Projects of elsewhere.txt: {name: (address, [(name, role, page)])}."
     projects, current = {}, None
     for line in (HERE / "elsewhere.txt").read_text(encoding="utf-8").splitlines():
-        parts = line.split("#  ")[0].split()
-        if not parts or line.startswith("# "):
+        parts = line.split()
+        if not parts or parts[0] == "#":
             continue
         if len(parts) == 2 and parts[1].startswith("https://"):
             current = projects[parts[0]] = (parts[1], [])

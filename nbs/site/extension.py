@@ -5,15 +5,18 @@ import inspect
 import re
 import textwrap
 import warnings
-from html import escape
+from typing import get_type_hints
 
+import numpy.typing as npt
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from fastcore.docments import docments
 from names import package
 from sphinx.ext.intersphinx import InventoryAdapter
 from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util.inspect import stringify_signature
 from sphinx.util.nodes import make_refnode
+from sphinx.util.typing import stringify_annotation
 
 
 # -- docstrings and the comments in signatures -------------------------------------------------------------------------------------------------
@@ -118,23 +121,41 @@ def written_defaults(function) -> dict[str, str]:
     return {argument.arg: ast.unparse(default) for argument, default in pairs if default is not None}
 
 
-def shorten_defaults(app, thing, bound):
-    "Show defaults as they were written, and what only has a long form by its type."
-    function = inspect.unwrap(thing, stop=lambda f: hasattr(f, "__signature__")) if callable(thing) else thing
+def bare(annotation: object) -> object:
+    "A type without the bounds that a settings model hangs on it; what numpy takes for an array by its name."
+    if annotation is npt.ArrayLike:
+        return "~numpy.typing.ArrayLike"
+    if "Annotated" not in repr(annotation) or isinstance(annotation, str):
+        return annotation
+    def holder(): ...
+    holder.__annotations__ = {"x": annotation}
     try:
-        signature, written = inspect.signature(function), written_defaults(function)
+        return get_type_hints(holder)["x"]
+    except (NameError, TypeError):
+        return annotation
+
+
+def write_signature(app, what, name, thing, options, arguments, returns):
+    "Defaults as they were written, those that only have a long form by their type; annotations without bounds."
+    if what not in ("function", "class", "method", "exception") or arguments is None:
+        return None
+    try:
+        signature, written = inspect.signature(thing), written_defaults(thing.__init__ if inspect.isclass(thing) else thing)
     except (TypeError, ValueError):
-        return
-    changed = []
-    for parameter in signature.parameters.values():
+        return None
+    shown = []
+    for place, parameter in enumerate(signature.parameters.values()):
+        if place == 0 and what == "method" and parameter.name in ("self", "cls"):
+            continue
         value = parameter.default
-        if value is not parameter.empty and not isinstance(value, Written):
+        if value is not parameter.empty:
             text = written.get(parameter.name, repr(value))
-            changed.append(parameter.replace(default=Written(text if len(text) <= 60 and " at 0x" not in text else f"{type(value).__name__}(...)")))
-        else:
-            changed.append(parameter)
-    if inspect.isfunction(thing):
-        thing.__signature__ = signature.replace(parameters=changed)
+            value = Written(text if len(text) <= 60 and " at 0x" not in text else f"{type(value).__name__}(...)")
+        shown.append(parameter.replace(default=value, annotation=bare(parameter.annotation)))
+    answer = signature.empty if inspect.isclass(thing) else bare(signature.return_annotation)
+    text = stringify_signature(signature.replace(parameters=shown, return_annotation=answer), unqualified_typehints=True)
+    return text.split(" -> ")[0] if " -> " in text and answer is not signature.empty else text, \
+        None if answer is signature.empty else stringify_annotation(answer, "smart")
 
 
 # -- anchors of the names under which rooms offer what their modules define ---------------------------------------------------------------------
@@ -215,7 +236,10 @@ class LinkNames(SphinxPostTransform):
 # -- formulas as MathML, which browsers draw themselves -----------------------------------------------------------------------------------------
 
 def mathml(text: str, block: bool) -> str:
+    "TeX as MathML, after the short forms that docutils does not read are written out."
     text = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", text).replace("\\dots", "\\ldots")
+    text = re.sub(r"\\(t?frac) *(\d) *(\d)", r"\\\1{\2}{\3}", text)
+    text = re.sub(r"\\(hat|bar|tilde|vec) +(\\[a-zA-Z]+|\w)", r"\\\1{\2}", text)
     return tex2mathml(text, as_block=block)
 
 
@@ -225,13 +249,13 @@ def visit_math(self, node):
 
 
 def visit_math_block(self, node):
-    self.body.append(f'<div class="formula" role="group" tabindex="0" aria-label="{escape("formula")}">{mathml(node.astext(), True)}</div>')
+    self.body.append(f'<div class="formula" role="group" tabindex="0" aria-label="formula">{mathml(node.astext(), True)}</div>')
     raise nodes.SkipNode
 
 
 def setup(app):
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
-    app.connect("autodoc-before-process-signature", shorten_defaults)
+    app.connect("autodoc-process-signature", write_signature)
     app.connect("autodoc-process-docstring", document_arguments)
     app.connect("doctree-read", add_aliases)
     app.add_post_transform(LinkNames)
