@@ -19,16 +19,20 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-PHONE_PAGES = ["index.html", "start.html", "chapters.html", "reference.html", "limits.html", "CHANGELOG.html", "how_to/cluster.html", "nbs/03_metrics.html",
-               "nbs/18_experiments.html", "nbs/experiments/tradeoff.html", "nbs/tutorials/your_own_words.html", "reference/groups.html",
-               "reference/baselines/methods.html", "reference/data/index.html", "nbs/13_baselines/02_methods.html", "nbs/05_toyfaces/01_factors.html"]
+PHONE_PAGES = [
+    "index.html", "start.html", "chapters.html", "reference.html", "limits.html", "CHANGELOG.html",
+    "how_to/cluster.html", "nbs/03_metrics.html", "nbs/18_experiments.html", "nbs/experiments/tradeoff.html",
+    "nbs/tutorials/your_own_words.html", "reference/groups.html", "reference/baselines/methods.html",
+    "reference/data/index.html", "nbs/13_baselines/02_methods.html", "nbs/05_toyfaces/01_factors.html",
+]
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     "What the build said, and the folder of the pages."
     out = tmp_path_factory.mktemp("docs")
-    done = subprocess.run([sys.executable, str(ROOT / "nbs/site/build.py"), "--out", str(out)], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, str(ROOT / "nbs/site/build.py"), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done, out / "html"
 
 
@@ -36,7 +40,9 @@ def built(tmp_path_factory):
 def pages(built):
     "{path below the site: parsed page}"
     html = built[1]
-    return {p.relative_to(html).as_posix(): bs4.BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser") for p in sorted(html.rglob("*.html"))}
+    return {p.relative_to(html).as_posix(): bs4.BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser")
+            for p in sorted(html.rglob("*.html"))
+            if "_static" not in p.parts}
 
 
 def test_builds_without_a_warning(built):
@@ -102,7 +108,7 @@ def field_names(page, anchor):
     ("reference/metrics.html", "aimfair.metrics.fairness_report", "sensitive_features", ""),
     ("reference/data/images.html", "aimfair.data.images.load_faces", "size", ""),
     ("reference/groups.html", "aimfair.groups.Names", "attributes", "where several make a group"),  # a field of a dataclass
-    ("reference/training/protocol.html", "aimfair.training.protocol.TrainConfig", "epochs", ""),
+    ("reference/training/protocol.html", "aimfair.training.protocol.TrainConfig", "epochs", "passes over the training set"),
     ("reference/pipeline/method.html", "aimfair.pipeline.method.AIMFair", "model", ""),
     ("reference/experiments.html", "aimfair.experiments.reproduce", "shareable", "show no faces"),
 ])
@@ -131,7 +137,7 @@ def test_most_arguments_are_documented(pages):
     assert compared > 40
 
 
-# -- notebooks ---------------------------------------------------------------------------------------------------------------------------------
+# notebooks
 
 def shown(notebook):
     "Code cells that a reader sees: their text and their outputs."
@@ -162,7 +168,8 @@ def test_notebook_is_on_the_site_as_committed(built, pages, file):
     article = pages[path].select_one("article")
     code = [c.get_text().strip("\n") for c in article.select("div.cell div.cell_input pre")]
     assert [c.rstrip() for c in code] == [text.rstrip() for text, _ in cells]
-    files = [(built[1] / path).parent / i["src"] for i in article.select("div.cell div.cell_output img") if not i["src"].startswith("data:")]
+    sources = [i["src"] for i in article.select("div.cell div.cell_output img")]
+    files = [(built[1] / path).parent / source for source in sources if not source.startswith("data:")]
     assert [f.read_bytes() for f in files] == [image for _, outputs in cells for image in images_of(outputs)]
     words = article.get_text()
     for _, outputs in cells:
@@ -179,9 +186,10 @@ def test_directives_are_not_shown(pages):
 
 
 def test_every_image_has_a_text(pages):
-    without = [(path, i.get("src", "")[:60]) for path, page in pages.items() for i in page.select("article img") if not (i.get("alt") or "").strip()]
+    images = [(path, i) for path, page in pages.items() for i in page.select("article img")]
+    without = [(path, i.get("src", "")[:60]) for path, i in images if not (i.get("alt") or "").strip()]
     assert not without, without[:10]
-    assert sum(len(page.select("article img")) for page in pages.values()) > 100
+    assert len(images) > 100
 
 
 def test_a_written_text_becomes_the_alternative():
@@ -190,8 +198,9 @@ def test_a_written_text_becomes_the_alternative():
 
     picture = {"output_type": "display_data", "data": {"image/png": "", "text/plain": "<Figure>"}, "metadata": {}}
     code = {"cell_type": "code", "metadata": {}, "outputs": [picture]}
-    cells = [{"cell_type": "markdown", "source": "## A `curve`", "metadata": {}}, {**code, "source": "#| fig-alt: A line that rises\nplot()"},
-             {**code, "source": "plot()"}, {**code, "source": "#| hide\nplot()"}, {**code, "source": "#| default_exp metrics"}]
+    cells = [{"cell_type": "markdown", "source": "## A `curve`", "metadata": {}},
+             {**code, "source": "#| fig-alt: A line that rises\nplot()"}, {**code, "source": "plot()"},
+             {**code, "source": "#| hide\nplot()"}, {**code, "source": "#| default_exp metrics"}]
     _, said, unsaid = shown_cells(cells)
     assert said["source"] == "plot()" and said["metadata"]["mystnb"]["image"]["alt"] == "A line that rises"
     assert "A curve" in unsaid["metadata"]["mystnb"]["image"]["alt"]
@@ -224,7 +233,7 @@ def test_addresses_elsewhere_are_well_formed():
             assert re.fullmatch(r"py:\w+", role) and parts.netloc and parts.fragment and " " not in page
 
 
-# -- in a browser ------------------------------------------------------------------------------------------------------------------------------
+# in a browser
 
 @pytest.fixture(scope="module")
 def browser():
@@ -267,22 +276,12 @@ def test_search_finds_a_name(visit):
 
 
 def test_theme_can_be_switched(visit):
-    page = visit("index.html")
-    ground = "getComputedStyle(document.body).backgroundColor"
-    seen = {}
+    page, seen = visit("index.html"), {}
     for mode in ("light", "dark"):
-        page.evaluate("() => localStorage.clear()")
-        page.click("button.theme-switch-button, .theme-switch-button")
-        for _ in range(4):
-            if page.evaluate("document.documentElement.dataset.mode") == mode:
-                break
-            entry = page.query_selector(f".theme-switch-container [data-mode='{mode}'], .theme-switch [data-mode='{mode}'], [data-pst-mode='{mode}']")
-            if entry and entry.is_visible():
-                entry.click()
-            else:
-                page.click("button.theme-switch-button, .theme-switch-button")
+        page.locator(".theme-switch-button:visible").click()
+        page.locator(f".theme-change-button[data-mode={mode}]:visible").click()
         assert page.evaluate("document.documentElement.dataset.theme") == mode
-        seen[mode] = page.evaluate(ground)
+        seen[mode] = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert seen["light"] != seen["dark"]
 
 
@@ -292,22 +291,29 @@ def test_fits_on_a_phone(visit, path):
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
-CONTRAST = """() => {
-  const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); return c.startsWith('color(srgb') ? [m[0]*255, m[1]*255, m[2]*255, m[3] ?? 1] : [m[0], m[1], m[2], m[3] ?? 1]; };
+CONTRAST = """() => {  // of all text that is seen: its contrast with the ground below it, after WCAG 2
+  const parse = c => {
+    const m = c.match(/[\\d.]+/g).map(Number), scale = c.startsWith('color(srgb') ? 255 : 1;
+    return [m[0] * scale, m[1] * scale, m[2] * scale, m[3] ?? 1];
+  };
   const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3])).concat(1);
-  const light = c => { const [r, g, b] = c.map(v => { v /= 255; return v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; }); return .2126 * r + .7152 * g + .0722 * b; };
-  const ground = e => { const stack = []; for (; e; e = e.parentElement) stack.push(parse(getComputedStyle(e).backgroundColor));
-    return stack.reverse().reduce((below, c) => over(c, below), [255, 255, 255, 1]); };
+  const linear = v => v <= .03928 * 255 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
+  const luminance = c => .2126 * linear(c[0]) + .7152 * linear(c[1]) + .0722 * linear(c[2]);
+  const above = e => e ? [...above(e.parentElement), e] : [];
   const found = [];
   for (const e of document.querySelectorAll('body *')) {
     if (![...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())) continue;
     const style = getComputedStyle(e), box = e.getBoundingClientRect();
-    if (style.visibility === 'hidden' || style.display === 'none' || box.width < 2 || box.height < 2 || e.closest('svg, script, style, .visually-hidden')) continue;
-    let alpha = 1; for (let p = e; p; p = p.parentElement) alpha *= Number(getComputedStyle(p).opacity);
+    if (style.visibility === 'hidden' || style.display === 'none' || box.width < 2 || box.height < 2) continue;
+    if (e.closest('svg, script, style, .visually-hidden')) continue;
+    const alpha = above(e).reduce((a, p) => a * Number(getComputedStyle(p).opacity), 1);
     if (alpha < .05) continue;
-    const under = ground(e), colour = parse(style.color); colour[3] *= alpha;
-    const a = light(over(colour, under)), b = light(under);
-    found.push([(Math.max(a, b) + .05) / (Math.min(a, b) + .05), e.tagName + '.' + e.className, e.textContent.trim().slice(0, 30), style.color, under.join()]);
+    const under = above(e).map(p => parse(getComputedStyle(p).backgroundColor)).reduce((below, c) => over(c, below), [255, 255, 255, 1]);
+    const colour = parse(style.color);
+    colour[3] *= alpha;
+    const [a, b] = [luminance(over(colour, under)), luminance(under)];
+    const what = [e.tagName, e.className, e.textContent.trim().slice(0, 30), style.color, under.join()];
+    found.push([(Math.max(a, b) + .05) / (Math.min(a, b) + .05), ...what]);
   }
   return found;
 }"""

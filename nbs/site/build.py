@@ -18,7 +18,7 @@ from names import NOTEBOOKS, ROOT, TUTORIALS, Chapter, Name, package  # noqa: E4
 DIRECTIVE = re.compile(r"^#\| *([\w-]+):? *(.*)$")
 
 
-# -- notebooks ---------------------------------------------------------------------------------------------------------------------------------
+# notebooks
 
 def directives(source: str) -> tuple[dict[str, str], str]:
     "The `#|` lines of a cell, and what a reader sees of it."
@@ -134,7 +134,7 @@ def stage_figures(source: Path) -> None:
             shutil.copy(file, source / "figures" / name)
 
 
-# -- pages -------------------------------------------------------------------------------------------------------------------------------------
+# pages
 
 def chapter_lines(chapters: list[Chapter]) -> str:
     return "\n".join(f"- [{c.title}](../nbs/{c.path}.ipynb)" for c in chapters)
@@ -161,7 +161,7 @@ def fill(file: Path, text: str) -> None:
     file.write_text(file.read_text(encoding="utf-8").replace("<!-- list -->", text), encoding="utf-8")
 
 
-# -- reference ---------------------------------------------------------------------------------------------------------------------------------
+# reference
 
 def methods_of(cls: type) -> list[str]:
     "Public methods and properties that the class itself defines."
@@ -172,7 +172,8 @@ def methods_of(cls: type) -> list[str]:
 def value_line(value: object) -> str | None:
     "A constant in one line, where it is short and the same on every machine."
     text = repr(value)
-    return text if len(text) <= 160 and "\n" not in text and " at 0x" not in text and str(Path.home()) not in text and str(ROOT) not in text else None
+    of_this_machine = any(part in text for part in (" at 0x", str(Path.home()), str(ROOT)))
+    return text if len(text) <= 160 and "\n" not in text and not of_this_machine else None
 
 
 def entry(name: Name) -> str:
@@ -191,16 +192,15 @@ def entry(name: Name) -> str:
 
 def module_page(chapter: Chapter, children: list[Chapter]) -> str:
     pages, module = package(), chapter.module
-    page = pages.page(module)
+    page, names = pages.page(module), pages.by_module[module]
     doc = inspect.getdoc(sys.modules[module]) or ""
     lines = [f"# `{module}`\n", f"{doc.strip().rstrip('.')}.\n" if doc else "",
              f"Chapter: [{chapter.title}]({relative(f'nbs/{chapter.path}.ipynb', page)})\n"]
     if children:
         rows = [f"| [`{c.module}`]({relative(pages.page(c.module) + '.md', page)}) | "
-                + (", ".join(f"[`{n.name}`]({relative(pages.page(c.module) + '.md', page)}#{n.full})" for n in pages.by_module[c.module]) or "no public names") + " |" for c in children]
+                + (", ".join(f"`~{n.full}`" for n in pages.by_module[c.module]) or "no public names") + " |" for c in children]
         lines += ["| module | names |\n|---|---|\n" + "\n".join(rows) + "\n",
                   toctree([c.module.split(".")[-1] for c in children])]
-    names = pages.by_module[module]
     if names:
         lines.append("```{eval-rst}\n" + f".. py:currentmodule:: {module}\n\n" + "\n".join(map(entry, names)) + "\n```\n")
     elif not children:
@@ -209,8 +209,7 @@ def module_page(chapter: Chapter, children: list[Chapter]) -> str:
 
 
 def stage_reference(source: Path) -> None:
-    pages = package()
-    tops = []
+    pages, tops = package(), []
     for module, chapter in pages.of_module.items():
         children = [c for c in pages.in_order if chapter.opens_room and c.room == chapter.room and c.module and c is not chapter]
         target = source / (pages.page(module) + ".md")
@@ -221,7 +220,7 @@ def stage_reference(source: Path) -> None:
     fill(source / "reference.md", toctree(tops, hidden=False))
 
 
-# -- other projects ----------------------------------------------------------------------------------------------------------------------------
+# other projects
 
 def read_elsewhere() -> dict[str, tuple[str, list[tuple[str, str, str]]]]:
     "Projects of elsewhere.txt: {name: (address, [(name, role, page)])}."
@@ -247,12 +246,11 @@ def write_inventories(folder: Path) -> None:
         (folder / f"{project}.inv").write_bytes(head.encode() + zlib.compress(body.encode(), 9))
 
 
-# -- all of it ---------------------------------------------------------------------------------------------------------------------------------
+# all of it
 
 def stage(source: Path) -> None:
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir(parents=True)
-    package().names  # imports all modules
     stage_pages(source)
     stage_notebooks(source)
     stage_reference(source)
@@ -268,7 +266,8 @@ def main() -> int:
 
     stage(out / "source")
     shutil.rmtree(out / "html", ignore_errors=True)
-    return sphinx(["-W", "--keep-going", "-q", "-b", "html", "-c", str(HERE), "-d", str(out / "doctrees"), str(out / "source"), str(out / "html")])
+    options = ["-W", "--keep-going", "-q", "-b", "html", "-c", str(HERE), "-d", str(out / "doctrees")]
+    return sphinx([*options, str(out / "source"), str(out / "html")])
 
 
 if __name__ == "__main__":

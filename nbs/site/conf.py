@@ -25,6 +25,7 @@ exclude_patterns = ["LICENSE"]
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
 nb_merge_streams = True
+nb_ipywidgets_js = {}  # from a network
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
 myst_links_external_new_tab = False

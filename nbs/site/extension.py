@@ -18,8 +18,7 @@ from sphinx.util.inspect import stringify_signature
 from sphinx.util.nodes import make_refnode
 from sphinx.util.typing import stringify_annotation
 
-
-# -- docstrings and the comments in signatures -------------------------------------------------------------------------------------------------
+# docstrings and the comments in signatures
 
 def as_rst(text: str) -> str:
     "Words of a docstring or a comment, in which `code` stands between single backticks, for Sphinx."
@@ -58,6 +57,7 @@ def argument_lines(thing: object, indent: str = "") -> list[str]:
             for base in reversed(thing.__mro__):
                 if base.__module__.startswith("aimfair"):
                     said.update(field_comments(base))
+            said.update({n: f.description for n, f in getattr(thing, "model_fields", {}).items() if f.description and n in said})
             return [f":param {name}: {as_rst(text or '')}".rstrip() for name, text in said.items()]
         if "__init__" not in vars(thing):
             return []
@@ -143,7 +143,9 @@ def write_signature(app, what, name, thing, options, arguments, returns):
         signature, written = inspect.signature(thing), written_defaults(thing.__init__ if inspect.isclass(thing) else thing)
     except (TypeError, ValueError):
         return None
-    shown = []
+    shown, hints = [], {}
+    if any(isinstance(p.annotation, str) and "Annotated" in p.annotation for p in signature.parameters.values()):
+        hints = get_type_hints(inspect.unwrap(thing))
     for place, parameter in enumerate(signature.parameters.values()):
         if place == 0 and what == "method" and parameter.name in ("self", "cls"):
             continue
@@ -151,14 +153,14 @@ def write_signature(app, what, name, thing, options, arguments, returns):
         if value is not parameter.empty:
             text = written.get(parameter.name, repr(value))
             value = Written(text if len(text) <= 60 and " at 0x" not in text else f"{type(value).__name__}(...)")
-        shown.append(parameter.replace(default=value, annotation=bare(parameter.annotation)))
+        shown.append(parameter.replace(default=value, annotation=hints.get(parameter.name, bare(parameter.annotation))))
     answer = signature.empty if inspect.isclass(thing) else bare(signature.return_annotation)
     text = stringify_signature(signature.replace(parameters=shown, return_annotation=answer), unqualified_typehints=True)
     return text.split(" -> ")[0] if " -> " in text and answer is not signature.empty else text, \
         None if answer is signature.empty else stringify_annotation(answer, "smart")
 
 
-# -- anchors of the names under which rooms offer what their modules define ---------------------------------------------------------------------
+# anchors of the names under which rooms offer what their modules define
 
 def add_aliases(app, doctree):
     for signature in doctree.findall(lambda n: isinstance(n, nodes.Element) and n.tagname == "desc_signature"):
@@ -168,7 +170,7 @@ def add_aliases(app, doctree):
                 signature["ids"] += [full for full in name.also if full not in signature["ids"]]
 
 
-# -- names in running text ---------------------------------------------------------------------------------------------------------------------
+# names in running text
 
 def room_of(docname: str) -> str:
     "The package or module that a page is about, or nothing."
@@ -209,11 +211,14 @@ class LinkNames(SphinxPostTransform):
         for literal in list(self.document.findall(nodes.literal)):
             if self.inside_link(literal):
                 continue
-            text, link = literal.astext(), None
+            text, link, short = literal.astext(), None, literal.deepcopy()
+            if text.startswith("~aimfair."):  # as elsewhere in Sphinx: shown by its last part
+                text = text.removeprefix("~")
+                short = nodes.literal(text, text.rsplit(".", 1)[1], classes=literal["classes"])
             name = meant(text, here)
             if name is not None:
                 target = package().page(name.module)
-                link = make_refnode(self.app.builder, here, target, name.full, literal.deepcopy(), name.full)
+                link = make_refnode(self.app.builder, here, target, name.full, short, name.full)
             elif "." in text:
                 link = self.elsewhere(text.removesuffix("()"), literal)
             if link is not None:
@@ -233,7 +238,7 @@ class LinkNames(SphinxPostTransform):
         return None
 
 
-# -- formulas as MathML, which browsers draw themselves -----------------------------------------------------------------------------------------
+# formulas as MathML, which browsers draw themselves
 
 def mathml(text: str, block: bool) -> str:
     "TeX as MathML, after the short forms that docutils does not read are written out."
@@ -259,7 +264,4 @@ def setup(app):
     app.connect("autodoc-process-docstring", document_arguments)
     app.connect("doctree-read", add_aliases)
     app.add_post_transform(LinkNames)
-    import os
-    if os.environ.get("SITE_MISSING"):
-        app.connect("missing-reference", lambda app, env, node, cont: open(os.environ["SITE_MISSING"], "a").write(f"{node['reftype']} {node['reftarget']} {node.get('py:module')}\n") and None)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
