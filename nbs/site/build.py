@@ -13,7 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-from names import NOTEBOOKS, ROOT, TUTORIALS, Chapter, Name, package  # noqa: E402
+from names import NOTEBOOKS, ROOT, TUTORIALS, Chapter, Name, package, read_chapter  # noqa: E402
 
 DIRECTIVE = re.compile(r"^#\| *([\w-]+):? *(.*)$")
 
@@ -136,8 +136,19 @@ def stage_figures(source: Path) -> None:
 
 # pages
 
-def chapter_lines(chapters: list[Chapter]) -> str:
-    return "\n".join(f"- [{c.title}](../nbs/{c.path}.ipynb)" for c in chapters)
+def line_of(chapter: Chapter, level: int = 0) -> str:
+    "A chapter in a list: its title, as a link, and what it is about."
+    about = f": {chapter.about}" if chapter.about else ""
+    return f"{'  ' * level}- [{chapter.title}](nbs/{chapter.path}.ipynb){about}"
+
+
+def list_of_chapters(rooms: list[Chapter]) -> str:
+    "All chapters by room, and the navigation."
+    lines = []
+    for room in rooms:
+        inside = [c for c in package().in_order if room.opens_room and c.room == room.room and c is not room]
+        lines += [line_of(room), *(line_of(c, 1) for c in inside)]
+    return "\n".join(lines) + "\n\n" + toctree([f"nbs/{c.path}" for c in rooms])
 
 
 def stage_pages(source: Path) -> None:
@@ -149,9 +160,12 @@ def stage_pages(source: Path) -> None:
     shutil.copytree(HERE / "_static", source / "_static")
     there = [f.stem for f in sorted((NOTEBOOKS / "tutorials").glob("*.ipynb"))]
     tutorials = sorted(there, key=lambda n: (TUTORIALS.index(n) if n in TUTORIALS else len(TUTORIALS), n))
-    fill(source / "start.md", toctree(["nbs/index", *(f"nbs/tutorials/{n}" for n in tutorials)], hidden=False))
+    lines = [line_of(read_chapter(NOTEBOOKS / f"{path}.ipynb")) for path in ("index", *(f"tutorials/{n}" for n in tutorials))]
+    lines[0] = "- [Overview](nbs/index.ipynb): all of it on one page"
+    tree = toctree(["Overview <nbs/index>", *(f"nbs/tutorials/{n}" for n in tutorials), "CONTRIBUTING"])
+    fill(source / "start.md", "\n".join(lines) + "\n\n" + tree)
     rooms = [c for c in package().in_order if (c.room is None or c.opens_room) and c.path != "18_experiments"]
-    fill(source / "chapters.md", toctree([f"nbs/{c.path}" for c in rooms], hidden=False, depth=2))
+    fill(source / "chapters.md", list_of_chapters(rooms))
     for name in ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
 
@@ -216,8 +230,9 @@ def stage_reference(source: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(module_page(chapter, children), encoding="utf-8")
         if chapter.room is None or chapter.opens_room:
-            tops.append(pages.page(module))
-    fill(source / "reference.md", toctree(tops, hidden=False))
+            tops.append(chapter)
+    lines = [f"- [`{c.module}`]({pages.page(c.module)}.md): {c.about}" for c in tops]
+    fill(source / "reference.md", "\n".join(lines) + "\n\n" + toctree([pages.page(c.module) for c in tops]))
 
 
 # other projects
