@@ -245,9 +245,9 @@ def mathml(text: str, block: bool) -> str:
     text = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", text).replace("\\dots", "\\ldots")
     text = re.sub(r"\\(t?frac) *(\d) *(\d)", r"\\\1{\2}{\3}", text)
     text = re.sub(r"\\(hat|bar|tilde|vec) +(\\[a-zA-Z]+|\w)", r"\\\1{\2}", text)
-    text = re.sub(r"(\\(?:hat|bar|tilde|vec)\{[^{}]+\})(?=[_^])", r"{\1}", text)  # else an index goes below the accent
+    text = re.sub(r"(\\(?:hat|bar|tilde|vec)\{[^{}]+\})(?=[_^])", r"\1{}", text)  # else an index goes below the accent
     text = text.replace("\\bar{", "\\overline{")
-    return tex2mathml(text, as_block=block)
+    return tex2mathml(text, as_block=block).replace('<mo accent="true">_</mo>', '<mo accent="true">¯</mo>')
 
 
 def visit_math(self, node):
