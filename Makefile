@@ -19,7 +19,7 @@ PATHS := PATH="$$(cd $(BIN) && pwd):$$PATH"
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce figures worlds bench gpu-check test lab lint export readme dist clean distclean FORCE
+.PHONY: help setup reproduce figures worlds bench gpu-check test lab lint export readme docs dist clean distclean FORCE
 
 # a checkout that was moved, or whose Python is gone, needs a new environment: its scripts hold absolute paths
 ifneq "$(shell $(BIN)/python -c '' 2>/dev/null && cat $(STAMP) 2>/dev/null)" "$(CURDIR)"
@@ -36,6 +36,7 @@ help:
 	@echo 'make lab        set up, then open JupyterLab on the notebooks'
 	@echo 'make export     write the modules and README.md from the notebooks, and clean the notebooks'
 	@echo 'make lint       check the style of modules and tests'
+	@echo 'make docs       build the documentation site from the notebooks into _docs/html'
 	@echo 'make dist       build a wheel and an sdist into dist/'
 	@echo 'make clean      remove what was built (distclean: .venv too); runs/ stays'
 
@@ -114,12 +115,17 @@ readme:
 	@$(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb \
 	  | sed -e 's#](\([a-z0-9_/]*\.ipynb\))#](nbs/\1)#g' -e 's#](\.\./#](#g' -e 's#src="\.\./#src="#g' > $(README)
 
+# offline, from the notebooks as they are committed: nothing is executed, and a warning is an error
+docs: $(STAMP)
+	@$(ONE_THREAD) $(BIN)/python nbs/site/build.py
+	@echo 'aimfair: the site is in _docs/html/index.html'
+
 dist: $(STAMP)
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist _docs *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find aimfair tests nbs -name __pycache__ -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-from names import NOTEBOOKS, ROOT, TUTORIALS, Chapter, Name, package  # noqa: E402
+from names import NOTEBOOKS, ROOT, TUTORIALS, Chapter, Name, package, read_chapter  # noqa: E402
 
 DIRECTIVE = re.compile(r"^#\| *([\w-]+):? *(.*)$")
 
 
-# -- notebooks ---------------------------------------------------------------------------------------------------------------------------------
+# notebooks
 
 def directives(source: str) -> tuple[dict[str, str], str]:
     "The `#|` lines of a cell, and what a reader sees of it."
@@ -134,10 +134,21 @@ def stage_figures(source: Path) -> None:
             shutil.copy(file, source / "figures" / name)
 
 
-# -- pages -------------------------------------------------------------------------------------------------------------------------------------
+# pages
 
-def chapter_lines(chapters: list[Chapter]) -> str:
-    return "\n".join(f"- [{c.title}](../nbs/{c.path}.ipynb)" for c in chapters)
+def line_of(chapter: Chapter, level: int = 0) -> str:
+    "A chapter in a list: its title, as a link, and what it is about."
+    about = f": {chapter.about}" if chapter.about else ""
+    return f"{'  ' * level}- [{chapter.title}](nbs/{chapter.path}.ipynb){about}"
+
+
+def list_of_chapters(rooms: list[Chapter]) -> str:
+    "All chapters by room, and the navigation."
+    lines = []
+    for room in rooms:
+        inside = [c for c in package().in_order if room.opens_room and c.room == room.room and c is not room]
+        lines += [line_of(room), *(line_of(c, 1) for c in inside)]
+    return "\n".join(lines) + "\n\n" + toctree([f"nbs/{c.path}" for c in rooms])
 
 
 def stage_pages(source: Path) -> None:
@@ -149,9 +160,12 @@ def stage_pages(source: Path) -> None:
     shutil.copytree(HERE / "_static", source / "_static")
     there = [f.stem for f in sorted((NOTEBOOKS / "tutorials").glob("*.ipynb"))]
     tutorials = sorted(there, key=lambda n: (TUTORIALS.index(n) if n in TUTORIALS else len(TUTORIALS), n))
-    fill(source / "start.md", toctree(["nbs/index", *(f"nbs/tutorials/{n}" for n in tutorials)], hidden=False))
+    lines = [line_of(read_chapter(NOTEBOOKS / f"{path}.ipynb")) for path in ("index", *(f"tutorials/{n}" for n in tutorials))]
+    lines[0] = "- [Overview](nbs/index.ipynb): all of it on one page"
+    tree = toctree(["Overview <nbs/index>", *(f"nbs/tutorials/{n}" for n in tutorials), "CONTRIBUTING"])
+    fill(source / "start.md", "\n".join(lines) + "\n\n" + tree)
     rooms = [c for c in package().in_order if (c.room is None or c.opens_room) and c.path != "18_experiments"]
-    fill(source / "chapters.md", toctree([f"nbs/{c.path}" for c in rooms], hidden=False, depth=2))
+    fill(source / "chapters.md", list_of_chapters(rooms))
     for name in ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
 
@@ -161,7 +175,7 @@ def fill(file: Path, text: str) -> None:
     file.write_text(file.read_text(encoding="utf-8").replace("<!-- list -->", text), encoding="utf-8")
 
 
-# -- reference ---------------------------------------------------------------------------------------------------------------------------------
+# reference
 
 def methods_of(cls: type) -> list[str]:
     "Public methods and properties that the class itself defines."
@@ -172,7 +186,8 @@ def methods_of(cls: type) -> list[str]:
 def value_line(value: object) -> str | None:
     "A constant in one line, where it is short and the same on every machine."
     text = repr(value)
-    return text if len(text) <= 160 and "\n" not in text and " at 0x" not in text and str(Path.home()) not in text and str(ROOT) not in text else None
+    of_this_machine = any(part in text for part in (" at 0x", str(Path.home()), str(ROOT)))
+    return text if len(text) <= 160 and "\n" not in text and not of_this_machine else None
 
 
 def entry(name: Name) -> str:
@@ -186,49 +201,48 @@ def entry(name: Name) -> str:
     if inspect.isfunction(name.value):
         return f".. autofunction:: {name.full}\n"
     value = value_line(name.value)
-    return f".. py:data:: {name.full}\n" + (f"   :value: {value}\n" if value else f"   :type: {type(name.value).__name__}\n")
+    return f".. py:data:: {name.name}\n" + (f"   :value: {value}\n" if value else f"   :type: {type(name.value).__name__}\n")
 
 
 def module_page(chapter: Chapter, children: list[Chapter]) -> str:
     pages, module = package(), chapter.module
-    page = pages.page(module)
+    page, names = pages.page(module), pages.by_module[module]
     doc = inspect.getdoc(sys.modules[module]) or ""
     lines = [f"# `{module}`\n", f"{doc.strip().rstrip('.')}.\n" if doc else "",
              f"Chapter: [{chapter.title}]({relative(f'nbs/{chapter.path}.ipynb', page)})\n"]
     if children:
         rows = [f"| [`{c.module}`]({relative(pages.page(c.module) + '.md', page)}) | "
-                + (", ".join(f"`{n.full}`" for n in pages.by_module[c.module]) or "no public names") + " |" for c in children]
-        lines += ["| module | names |\n|---|---|\n" + "\n".join(rows).replace("`" + module + ".", "`" + module + ".") + "\n",
+                + (", ".join(f"`~{n.full}`" for n in pages.by_module[c.module]) or "no public names") + " |" for c in children]
+        lines += ["| module | names |\n|---|---|\n" + "\n".join(rows) + "\n",
                   toctree([c.module.split(".")[-1] for c in children])]
-    names = pages.by_module[module]
     if names:
-        lines.append("```{eval-rst}\n" + f".. py:module:: {module}\n   :no-index:\n\n" + "\n".join(map(entry, names)) + "\n```\n")
+        lines.append("```{eval-rst}\n" + f".. py:currentmodule:: {module}\n\n" + "\n".join(map(entry, names)) + "\n```\n")
     elif not children:
         lines.append("It has no public names.\n")
     return "\n".join(lines)
 
 
 def stage_reference(source: Path) -> None:
-    pages = package()
-    tops = []
+    pages, tops = package(), []
     for module, chapter in pages.of_module.items():
         children = [c for c in pages.in_order if chapter.opens_room and c.room == chapter.room and c.module and c is not chapter]
         target = source / (pages.page(module) + ".md")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(module_page(chapter, children), encoding="utf-8")
         if chapter.room is None or chapter.opens_room:
-            tops.append(pages.page(module))
-    fill(source / "reference.md", toctree(tops, hidden=False))
+            tops.append(chapter)
+    lines = [f"- [`{c.module}`]({pages.page(c.module)}.md): {c.about}" for c in tops]
+    fill(source / "reference.md", "\n".join(lines) + "\n\n" + toctree([pages.page(c.module) for c in tops]))
 
 
-# -- other projects ----------------------------------------------------------------------------------------------------------------------------
+# other projects
 
 def read_elsewhere() -> dict[str, tuple[str, list[tuple[str, str, str]]]]:
     "Projects of elsewhere.txt: {name: (address, [(name, role, page)])}."
     projects, current = {}, None
     for line in (HERE / "elsewhere.txt").read_text(encoding="utf-8").splitlines():
-        parts = line.split("#  ")[0].split()
-        if not parts or line.startswith("# "):
+        parts = line.split()
+        if not parts or parts[0] == "#":
             continue
         if len(parts) == 2 and parts[1].startswith("https://"):
             current = projects[parts[0]] = (parts[1], [])
@@ -247,12 +261,11 @@ def write_inventories(folder: Path) -> None:
         (folder / f"{project}.inv").write_bytes(head.encode() + zlib.compress(body.encode(), 9))
 
 
-# -- all of it ---------------------------------------------------------------------------------------------------------------------------------
+# all of it
 
 def stage(source: Path) -> None:
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir(parents=True)
-    package().names  # imports all modules
     stage_pages(source)
     stage_notebooks(source)
     stage_reference(source)
@@ -268,7 +281,8 @@ def main() -> int:
 
     stage(out / "source")
     shutil.rmtree(out / "html", ignore_errors=True)
-    return sphinx(["-W", "--keep-going", "-q", "-b", "html", "-c", str(HERE), "-d", str(out / "doctrees"), str(out / "source"), str(out / "html")])
+    options = ["-W", "--keep-going", "-q", "-b", "html", "-c", str(HERE), "-d", str(out / "doctrees")]
+    return sphinx([*options, str(out / "source"), str(out / "html")])
 
 
 if __name__ == "__main__":

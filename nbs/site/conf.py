@@ -25,6 +25,7 @@ exclude_patterns = ["LICENSE"]
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
 nb_merge_streams = True
+nb_ipywidgets_js = {}  # from a network
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
@@ -38,15 +39,17 @@ python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
 add_module_names = False
 
-inventories = HERE.parents[1] / "_docs" / "inventories"  # build.py names another place, where it builds elsewhere
-intersphinx_mapping = {name: (url, str(inventories / f"{name}.inv")) for name, (url, _) in read_elsewhere().items()}
+# written by build.py beside the source
+intersphinx_mapping = {name: (url, f"../inventories/{name}.inv") for name, (url, _) in read_elsewhere().items()}
 
 html_math_renderer = "mathml"
 html_theme = "pydata_sphinx_theme"
+html_context = {"default_mode": "auto"}
 html_title = "aimfair"
 html_static_path = [str(HERE / "_static")]
 html_css_files = ["aimfair.css"]
 html_copy_source = False
+html_show_search_summary = False  # it would be fetched, which pages that are opened as files may not
 html_show_sourcelink = False
 html_show_sphinx = False
 html_sidebars = {"index": []}

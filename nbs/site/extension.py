@@ -5,18 +5,20 @@ import inspect
 import re
 import textwrap
 import warnings
-from html import escape
+from typing import get_type_hints
 
+import numpy.typing as npt
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from fastcore.docments import docments
 from names import package
 from sphinx.ext.intersphinx import InventoryAdapter
 from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util.inspect import stringify_signature
 from sphinx.util.nodes import make_refnode
+from sphinx.util.typing import stringify_annotation
 
-
-# -- docstrings and the comments in signatures -------------------------------------------------------------------------------------------------
+# docstrings and the comments in signatures
 
 def as_rst(text: str) -> str:
     "Words of a docstring or a comment, in which `code` stands between single backticks, for Sphinx."
@@ -55,6 +57,7 @@ def argument_lines(thing: object, indent: str = "") -> list[str]:
             for base in reversed(thing.__mro__):
                 if base.__module__.startswith("aimfair"):
                     said.update(field_comments(base))
+            said.update({n: f.description for n, f in getattr(thing, "model_fields", {}).items() if f.description and n in said})
             return [f":param {name}: {as_rst(text or '')}".rstrip() for name, text in said.items()]
         if "__init__" not in vars(thing):
             return []
@@ -118,26 +121,46 @@ def written_defaults(function) -> dict[str, str]:
     return {argument.arg: ast.unparse(default) for argument, default in pairs if default is not None}
 
 
-def shorten_defaults(app, thing, bound):
-    "Show defaults as they were written, and what only has a long form by its type."
-    function = inspect.unwrap(thing, stop=lambda f: hasattr(f, "__signature__")) if callable(thing) else thing
+def bare(annotation: object) -> object:
+    "A type without the bounds that a settings model hangs on it; what numpy takes for an array by its name."
+    if annotation is npt.ArrayLike:
+        return "~numpy.typing.ArrayLike"
+    if "Annotated" not in repr(annotation) or isinstance(annotation, str):
+        return annotation
+    def holder(): ...
+    holder.__annotations__ = {"x": annotation}
     try:
-        signature, written = inspect.signature(function), written_defaults(function)
+        return get_type_hints(holder)["x"]
+    except (NameError, TypeError):
+        return annotation
+
+
+def write_signature(app, what, name, thing, options, arguments, returns):
+    "Defaults as they were written, those that only have a long form by their type; annotations without bounds."
+    if what not in ("function", "class", "method", "exception") or arguments is None:
+        return None
+    try:
+        signature, written = inspect.signature(thing), written_defaults(thing.__init__ if inspect.isclass(thing) else thing)
     except (TypeError, ValueError):
-        return
-    changed = []
-    for parameter in signature.parameters.values():
+        return None
+    shown, hints = [], {}
+    if any(isinstance(p.annotation, str) and "Annotated" in p.annotation for p in signature.parameters.values()):
+        hints = get_type_hints(inspect.unwrap(thing))
+    for place, parameter in enumerate(signature.parameters.values()):
+        if place == 0 and what == "method" and parameter.name in ("self", "cls"):
+            continue
         value = parameter.default
-        if value is not parameter.empty and not isinstance(value, Written):
+        if value is not parameter.empty:
             text = written.get(parameter.name, repr(value))
-            changed.append(parameter.replace(default=Written(text if len(text) <= 60 and " at 0x" not in text else f"{type(value).__name__}(...)")))
-        else:
-            changed.append(parameter)
-    if inspect.isfunction(thing):
-        thing.__signature__ = signature.replace(parameters=changed)
+            value = Written(text if len(text) <= 60 and " at 0x" not in text else f"{type(value).__name__}(...)")
+        shown.append(parameter.replace(default=value, annotation=hints.get(parameter.name, bare(parameter.annotation))))
+    answer = signature.empty if inspect.isclass(thing) else bare(signature.return_annotation)
+    text = stringify_signature(signature.replace(parameters=shown, return_annotation=answer), unqualified_typehints=True)
+    return text.split(" -> ")[0] if " -> " in text and answer is not signature.empty else text, \
+        None if answer is signature.empty else stringify_annotation(answer, "smart")
 
 
-# -- anchors of the names under which rooms offer what their modules define ---------------------------------------------------------------------
+# anchors of the names under which rooms offer what their modules define
 
 def add_aliases(app, doctree):
     for signature in doctree.findall(lambda n: isinstance(n, nodes.Element) and n.tagname == "desc_signature"):
@@ -147,7 +170,7 @@ def add_aliases(app, doctree):
                 signature["ids"] += [full for full in name.also if full not in signature["ids"]]
 
 
-# -- names in running text ---------------------------------------------------------------------------------------------------------------------
+# names in running text
 
 def room_of(docname: str) -> str:
     "The package or module that a page is about, or nothing."
@@ -188,11 +211,14 @@ class LinkNames(SphinxPostTransform):
         for literal in list(self.document.findall(nodes.literal)):
             if self.inside_link(literal):
                 continue
-            text, link = literal.astext(), None
+            text, link, short = literal.astext(), None, literal.deepcopy()
+            if text.startswith("~aimfair."):  # as elsewhere in Sphinx: shown by its last part
+                text = text.removeprefix("~")
+                short = nodes.literal(text, text.rsplit(".", 1)[1], classes=literal["classes"])
             name = meant(text, here)
             if name is not None:
                 target = package().page(name.module)
-                link = make_refnode(self.app.builder, here, target, name.full, literal.deepcopy(), name.full)
+                link = make_refnode(self.app.builder, here, target, name.full, short, name.full)
             elif "." in text:
                 link = self.elsewhere(text.removesuffix("()"), literal)
             if link is not None:
@@ -212,11 +238,16 @@ class LinkNames(SphinxPostTransform):
         return None
 
 
-# -- formulas as MathML, which browsers draw themselves -----------------------------------------------------------------------------------------
+# formulas as MathML, which browsers draw themselves
 
 def mathml(text: str, block: bool) -> str:
+    "TeX as MathML, after the short forms that docutils does not read are written out."
     text = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", text).replace("\\dots", "\\ldots")
-    return tex2mathml(text, as_block=block)
+    text = re.sub(r"\\(t?frac) *(\d) *(\d)", r"\\\1{\2}{\3}", text)
+    text = re.sub(r"\\(hat|bar|tilde|vec) +(\\[a-zA-Z]+|\w)", r"\\\1{\2}", text)
+    text = re.sub(r"(\\(?:hat|bar|tilde|vec)\{[^{}]+\})(?=[_^])", r"\1{}", text)  # else an index goes below the accent
+    text = text.replace("\\bar{", "\\overline{")
+    return tex2mathml(text, as_block=block).replace('<mo accent="true">_</mo>', '<mo accent="true">¯</mo>')
 
 
 def visit_math(self, node):
@@ -225,17 +256,14 @@ def visit_math(self, node):
 
 
 def visit_math_block(self, node):
-    self.body.append(f'<div class="formula" role="group" tabindex="0" aria-label="{escape("formula")}">{mathml(node.astext(), True)}</div>')
+    self.body.append(f'<div class="formula" role="group" tabindex="0" aria-label="formula">{mathml(node.astext(), True)}</div>')
     raise nodes.SkipNode
 
 
 def setup(app):
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
-    app.connect("autodoc-before-process-signature", shorten_defaults)
+    app.connect("autodoc-process-signature", write_signature)
     app.connect("autodoc-process-docstring", document_arguments)
     app.connect("doctree-read", add_aliases)
     app.add_post_transform(LinkNames)
-    import os
-    if os.environ.get("SITE_MISSING"):
-        app.connect("missing-reference", lambda app, env, node, cont: open(os.environ["SITE_MISSING"], "a").write(f"{node['reftype']} {node['reftarget']} {node.get('py:module')}\n") and None)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

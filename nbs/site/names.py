@@ -12,10 +12,19 @@ NOTEBOOKS = ROOT / "nbs"
 TUTORIALS = ["debias_your_model", "your_own_words", "text_to_faces", "explore_a_result"]  # in the order of reading; others follow
 
 
+def prose(notebook: dict) -> str:
+    return "\n\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown")
+
+
 def notebook_title(notebook: dict) -> str:
     "The first heading."
-    text = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown")
-    return re.search(r"^# +(.+)$", text, re.M)[1].strip()
+    return re.search(r"^# +(.+)$", prose(notebook), re.M)[1].strip()
+
+
+def notebook_about(notebook: dict) -> str:
+    "What stands below the heading as `> ...`, in one line; empty where there is none."
+    found = re.match(r"\s*# .+\n+((?:> ?.*\n?)+)", prose(notebook))
+    return " ".join(found[1].replace("\n>", " ").lstrip("> ").split()).rstrip(".") if found else ""
 
 
 @dataclass
@@ -23,6 +32,7 @@ class Chapter:
     "A notebook, and the module that it writes, if any."
     path: str  # below nbs, without its ending: 04_data/01_reading
     title: str
+    about: str
     module: str | None  # aimfair.data.reading; of a room's first chapter aimfair.data
 
     @property
@@ -40,7 +50,7 @@ def read_chapter(file: Path) -> Chapter:
     code = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
     found = re.search(r"^#\| *default_exp +(\S+)", code, re.M)
     module = f"aimfair.{found[1]}".removesuffix(".__init__") if found else None
-    return Chapter(file.relative_to(NOTEBOOKS).with_suffix("").as_posix(), notebook_title(notebook), module)
+    return Chapter(file.relative_to(NOTEBOOKS).with_suffix("").as_posix(), notebook_title(notebook), notebook_about(notebook), module)
 
 
 @dataclass
