@@ -1,6 +1,7 @@
 "Notebooks, modules and README agree, and nothing is in them that does not belong there."
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
@@ -141,6 +143,46 @@ def test_notebook_has_no_secrets(path):
 @each_notebook
 def test_notebook_is_small(path):
     assert path.stat().st_size < 1_500_000
+
+
+def shows_pictures(cell):
+    return any(mime.startswith("image/") for output in cell.get("outputs", []) for mime in output.get("data", {}))
+
+
+def fig_alt(cell):
+    "What the directive `fig-alt` says at the top of a cell, read as the YAML that it is; None without one."
+    directives = itertools.takewhile(lambda line: line.startswith("#|"), source(cell).splitlines())
+    found = [line.removeprefix("#|") for line in directives if re.match(r"#\|\s*fig-alt:", line)]
+    return yaml.safe_load(found[0])["fig-alt"] if found else None
+
+
+@each_notebook
+def test_pictures_are_told_in_words(path):
+    "Who cannot see a picture that a cell shows is told what is in it, in a text of its own."
+    told = {number: fig_alt(cell) for number, cell in enumerate(cells(path)) if shows_pictures(cell)}
+    for number, text in told.items():
+        assert isinstance(text, str) and 20 <= len(text) <= 140, f"cell {number} shows a picture; `#| fig-alt:` says {text!r}"
+    assert len(set(told.values())) == len(told), "two cells say the same of their pictures"
+
+
+def pictures_without_words(markdown):
+    "Of the pictures in a Markdown text, those without an alternative text."
+    prose = re.sub(r"^```.*?^```|`[^`\n]+`", "", markdown, flags=re.M | re.S)
+    marks = [alt for alt in re.findall(r"!\[([^]]*)\]", prose) if not alt.strip()]
+    return marks + [tag for tag in re.findall(r"<img\b[^>]*>", prose) if not re.search(r"\balt=([\"'])\s*\w", tag)]
+
+
+@pytest.mark.parametrize("text, missing", [
+    ("![A curve that falls](a.png)", 0), ("![](a.png)", 1), ("![ ](a.png)", 1), ("`![](a.png)`", 0), ("a [link](b.md)", 0),
+    ('<img src="a.png" alt="A curve that falls">', 0), ('<img alt="" src="a.png">', 1), ("text <img src='a.png'> text", 1),
+])
+def test_missing_words_are_found(text, missing):
+    assert len(pictures_without_words(text)) == missing
+
+
+@each_notebook
+def test_pictures_in_prose_have_an_alt(path):
+    assert not [found for cell in cells(path) if cell["cell_type"] == "markdown" for found in pictures_without_words(source(cell))]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=notebook_id)

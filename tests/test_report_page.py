@@ -19,14 +19,15 @@ NUMBERS = {1: [90.1, 9.8, 100, 90.1, 9.8], 2: [-1.5, 0.25, -12, 0.003, 2], 3: [0
 
 def table_of(rows):
     "As the report's tables are: the second value carries the third as its deviation."
-    return TableText(header=["Method", "ACC ↑", "change", "interval", "images", "words", "sparse"], words=[5], name="alpha", caption="Invented",
-                     rows=[(name, [Cell(value, spread), *map(Cell, rest)]) for name, value, spread, *rest in rows])
+    header = ["Method", "ACC ↑", "change", "interval", "images", "words", "sparse"]
+    cells = [(name, [Cell(value, spread), *map(Cell, rest)]) for name, value, spread, *rest in rows]
+    return TableText(header=header, rows=cells, words=[5], name="alpha", caption="Invented")
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    from aimfair.report.drawing import write_figure
     from aimfair.core import shown_figure
+    from aimfair.report.drawing import write_figure
 
     folder = tmp_path_factory.mktemp("report")
     figure = shown_figure(figsize=(9, 3))
@@ -101,7 +102,8 @@ def test_one_column_is_marked_and_keys_do_it_too(page):
     heading(page, 1).get_by_role("button").click()
     heading(page, 0).get_by_role("button").focus()
     page.keyboard.press("Enter")
-    assert page.locator("#experiment-alpha > .scroll [aria-sort]").count() == 1 and heading(page, 0).get_attribute("aria-sort") == "ascending"
+    assert page.locator("#experiment-alpha > .scroll [aria-sort]").count() == 1
+    assert heading(page, 0).get_attribute("aria-sort") == "ascending"
     page.keyboard.press("Space")
     assert column(page, 0) == ["LfF", "JTT", "ERM", "DFR", "aim"]
 

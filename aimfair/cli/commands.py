@@ -309,7 +309,7 @@ def explore(
     from aimfair.explore import serve
     serve(result, out=out, port=port, browser=browser, tell=typer.echo)
 
-
+# %% ../../nbs/21_cli/03_commands.ipynb #263a81ab
 @prompts_app.command("list")
 def prompts_list():
     "Name the tasks whose prompt sets ship."

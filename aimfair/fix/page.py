@@ -119,7 +119,7 @@ def paragraphs(
     text = re.sub(r"\n(?=[^\n-])", " ", found[1].strip()) if found else ""
     return [" ".join(line.removeprefix("- ").split()) for line in text.splitlines() if line.strip()]
 
-
+# %% ../../nbs/19_fix/04_page.ipynb #60ee798e
 def _choice_section(folder):
     "The candidates for k, where it was chosen among them."
     content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -139,7 +139,7 @@ def _threshold_section(folder):
     what = "What becomes of the figures where yes does not begin at one half; `aimfair explore` shows the faces behind them."
     return [Section("thresholds", "Over all thresholds", what)] if (folder / "figures" / "thresholds.png").is_file() else []
 
-
+# %% ../../nbs/19_fix/04_page.ipynb #a81788c5
 def _mask_section(folder, report):
     "What was changed in the classifier."
     setup = report.setup

@@ -355,7 +355,7 @@ def _words_of(images):
     return {"groups": [group_name(g, names) for g in images.groups], "titles": titles, "classes": list(names.target or ()),
             "names": {kind: words and [*words] for kind, words in vars(names).items() if kind != "fixed"}}
 
-
+# %% ../../nbs/14_pipeline/03_method.ipynb #6e07f0b2
 def _setup(aim, images, sets, majority, accuracy, tuned):
     "The facts of a run, as plain values."
     batch = {"gradient_batch_size": aim.gradient_batch_size} if aim.strategy == "selective" else {}
@@ -447,7 +447,7 @@ def _in_one(pairs):
     return pd.concat([p.assign(images=name, model=when)[["images", "model", *p]] for name, pair in pairs.items()
                       for when, p in zip(("before", "after"), pair, strict=True)], ignore_index=True)
 
-
+# %% ../../nbs/14_pipeline/03_method.ipynb #8d5b7116
 def _report(aim, pairs, sets, images, majority, accuracy, tuned) -> BeforeAfter:
     "Compare both models on all sets that were measured, and say what was done."
     figures = compare_predictions(pairs, images.names)

@@ -101,7 +101,7 @@ def _draw_when(ax, rows, figures, when, offset):
         ax.plot(100 * row[when], y + offset, "o", color=colour, markersize=5, alpha=faint,
                 markerfacecolor="white" if when == "before" else colour)
 
-
+# %% ../../nbs/16_report/10_thresholds.ipynb #84a8e938
 def plot_change(
     figures: pd.DataFrame,  # by figure, of one set of images: n, before, before_low, ... after_high, as in `compare_predictions`
     *, titles: Mapping[str, str] | None = None,  # words of the groups by their names
