@@ -433,10 +433,10 @@ def html_bar(
     text: str,  # beside the bar
 ) -> Html:
     "A bar with its number."
-    full, empty = "background:var(--jp-brand-color1,#1976d2)", "background:var(--jp-layout-color3,rgba(128,128,128,.3))"
-    box = "display:inline-block;height:.7em;vertical-align:baseline;margin-right:.6em;border-radius:2px"
-    return Html(f'<span style="{box};width:8em;{empty}"><span style="{box};width:{100 * min(max(share, 0), 1):.0f}%;{full}"></span></span>'
-                f"{as_html(text)}")
+    end = f"{100 * min(max(share, 0), 1):.0f}%"
+    fill = f"linear-gradient(to right,var(--jp-brand-color1,#1976d2) {end},var(--jp-layout-color3,rgba(128,128,128,.3)) {end})"
+    box = "display:inline-block;width:8em;height:.7em;margin-right:.6em;border-radius:2px"
+    return Html(f'<span style="{box};background:{fill}"></span>{as_html(text)}')
 
 # %% ../nbs/00_core.ipynb #feb8e917
 def html_curve(
