@@ -361,17 +361,26 @@ class _Lines:
             self.file.write(text + "\n")
 
 
+def _in_kernel() -> bool:
+    "Whether this is a notebook's kernel, and not merely a program that knows of kernels."
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
+
+
 def progress_bar(
     items: Iterable | None = None,
     **options,  # tqdm's own: total, desc, unit, initial, disable, ...
 ):  # a tqdm bar
-    "tqdm's bar, a widget in JupyterLab; plain lines on standard error where that is no terminal. `TQDM_DISABLE=1` turns all off."
+    "tqdm's bar, a widget in a notebook; plain lines on standard error where that is no terminal. `TQDM_DISABLE=1` turns all off."
     if not options.get("disable"):
         options.pop("disable", None)  # given, it would outweigh the environment
-    if "ipykernel" in sys.modules or sys.stderr.isatty():
-        from tqdm.auto import tqdm
-        return tqdm(items, **options)
     from tqdm import tqdm
+    if _in_kernel():
+        from tqdm import notebook
+        options.setdefault("disable", bool(os.environ.get("TQDM_DISABLE")))  # its widget would not look there
+        return (notebook.tqdm if notebook.IProgress else tqdm)(items, **options)  # text where ipywidgets is not installed
+    if sys.stderr.isatty():
+        return tqdm(items, **options)
     width = {} if "bar_format" in options else {"ncols": 0}  # no bar, only numbers
     return tqdm(items, **{"file": _Lines(sys.stderr), "mininterval": 60, "maxinterval": 60, "delay": 5, **width, **options})
 
@@ -424,10 +433,10 @@ def html_bar(
     text: str,  # beside the bar
 ) -> Html:
     "A bar with its number."
-    full, empty = "background:var(--jp-brand-color1,#1976d2)", "background:var(--jp-layout-color3,rgba(128,128,128,.3))"
-    box = "display:inline-block;height:.7em;vertical-align:baseline;margin-right:.6em;border-radius:2px"
-    return Html(f'<span style="{box};width:8em;{empty}"><span style="{box};width:{100 * min(max(share, 0), 1):.0f}%;{full}"></span></span>'
-                f"{as_html(text)}")
+    end = f"{100 * min(max(share, 0), 1):.0f}%"
+    fill = f"linear-gradient(to right,var(--jp-brand-color1,#1976d2) {end},var(--jp-layout-color3,rgba(128,128,128,.3)) {end})"
+    box = "display:inline-block;width:8em;height:.7em;margin-right:.6em;border-radius:2px"
+    return Html(f'<span style="{box};background:{fill}"></span>{as_html(text)}')
 
 # %% ../nbs/00_core.ipynb #feb8e917
 def html_curve(

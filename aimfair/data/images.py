@@ -266,7 +266,7 @@ def _check_arrays(images, values) -> None:
             raise DataError(f"{name} has {len(given)} values for {len(images)} images")
 
 # %% ../../nbs/04_data/03_images.ipynb #c2f34252
-_PICTURES, _ROWS = 36, 16  # of a display: images, and groups
+_PICTURES, _ROWS = 56, 16  # of a display: images, and groups
 
 
 def _group_rows(target, protected, names):

@@ -6,7 +6,6 @@
 __all__ = ['attribute_alone', 'compare_predictions', 'BeforeAfter']
 
 # %% ../../nbs/14_pipeline/02_comparison.ipynb #78e0ddd6
-import html
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..core import as_html, html_table
 from ..groups import Names, group_name, parse_group
 from ..data.reading import TOGETHER
 from ..metrics import FEW, fairness_change, fairness_report
@@ -195,8 +195,9 @@ class BeforeAfter:
         return "\n".join([*_markdown(self.table()), "", *(f"- {line}" for line in self.about()), *candidates]) + "\n"
 
     def _repr_html_(self):
-        notes = "".join(f"<li>{html.escape(line)}</li>" for line in self.about())
-        return f"{self.table().to_html(index=False, border=0)}\n<ul>{notes}</ul>{'' if self.choice is None else self.choice._repr_html_()}"
+        notes = "".join(f"<li>{as_html(line)}</li>" for line in self.about())
+        table, choice = self.table(), "" if self.choice is None else self.choice._repr_html_()
+        return f"{html_table(table, table.to_numpy(), words=(0, 1))}\n<ul>{notes}</ul>{choice}"
 
     def __repr__(self):
         return "\n".join([self.table().to_string(index=False), *self.about(), *([] if self.choice is None else [repr(self.choice)])])
