@@ -336,9 +336,8 @@ class Faces(Pixels):
         self, index,  # int array, slice or boolean mask
     ) -> Faces:
         "Some of the faces; no pixel is copied."
-        protected = None if self.protected is None else self.protected[index]
-        return Faces(self._sources, self._source[index], self._row[index], self.target[index], protected, self.ids[index], self.dropped,
-                     self.names)
+        rows = self.target[index], None if self.protected is None else self.protected[index], self.ids[index]
+        return Faces(self._sources, self._source[index], self._row[index], *rows, self.dropped, self.names)
 
     def relabelled(
         self, target,  # int (N,)
@@ -353,8 +352,7 @@ class Faces(Pixels):
         return self.relabelled(self.target, None, self.names)
 
     def __repr__(self):
-        height, width = self.size
-        return f"Faces({len(self)} images of {height} x {width}, groups {'unknown' if self.protected is None else 'known'})"
+        return f"Faces({len(self)} images of {self.size[0]} x {self.size[1]}, groups {'unknown' if self.protected is None else 'known'})"
 
     _repr_html_ = _faces_html
 
