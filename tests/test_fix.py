@@ -196,7 +196,7 @@ def test_the_folder_holds_everything_in_words(home, fixed):
     page = (done.folder / "report.html").read_text()
     for words in ("not smiling, female", "Before and after: test photos", "by layer", "not who a person is", "data:image/png;base64,"):
         assert words in page, words
-    assert not re.search(r"<(script|link)|src=\"(?!data:)", page) and str(home) not in page
+    assert not re.search(r"<link|src=\"(?!data:)", page) and page.count("<script>") == 1 and str(home) not in page  # to sort tables
     card = (done.folder / "README.md").read_text()
     assert "48 by bundled" in card and "smiling, male" in card and str(home) not in card
     model = model_from(f"{home}/net.py:build", done.folder / "model" / "model.safetensors")

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -22,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
+from webbrowser import open_new_tab
 
 from ..core import user_path, write_whole
 from .sources import open_result
@@ -57,7 +57,7 @@ def _environment(home, port, token):
     file.touch(mode=0o600)
     file.write_text(json.dumps({
         "Voila": {"token": token, "ip": "127.0.0.1", "port": port, "port_retries": 0, "open_browser": False, "log_level": 40},
-        "VoilaConfiguration": {"template": "aimfair", "preheat_kernel": True, "extension_allowlist": _EXTENSIONS}}))
+        "VoilaConfiguration": {"template": "aimfair", "preheat_kernel": True, "extension_allowlist": _EXTENSIONS}}), encoding="utf-8")
     ours = str(files("aimfair") / "assets" / "jupyter")
     path = os.pathsep.join([ours, *filter(None, [os.environ.get("JUPYTER_PATH")])])
     return {**os.environ, "JUPYTER_PATH": path, "JUPYTER_CONFIG_PATH": str(config)}
@@ -68,7 +68,7 @@ def _wait_until_up(process, url, log, seconds=60):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if process.poll() is not None:
-            said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["it said nothing"]
+            said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()] or ["it said nothing"]
             raise OSError(f"the server ended before it answered: {said[-1].strip()}")
         try:
             urlopen(url, timeout=2).close()
@@ -117,5 +117,5 @@ def serve(
     with serving(folder, out=out, port=port) as (url, process):
         tell(f"{url}\nCtrl-C ends it; what you save goes to {out}")
         if browser:
-            webbrowser.open(url)
+            open_new_tab(url)
         process.wait()
