@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -42,13 +43,15 @@ def _model_name(spec):
 # %% ../nbs/15_debias.ipynb #42d4ad34
 def _with_files(predictions, tables, home):
     "Predictions with the file of each image: relative to the result where it lies beside it, so that both can move together."
-    def place(path):
+    @cache
+    def place(path):  # asked for twice, of the images that were measured alone
         path = Path(path).absolute()
         return Path(os.path.relpath(path, home)).as_posix() if path.is_relative_to(home.parent) else str(path)
 
-    of = {name: dict(zip(tables[source]["id"].astype(str), map(place, tables[source]["path"]), strict=True))
+    of = {name: dict(zip(tables[source]["id"].astype(str), tables[source]["path"], strict=True))
           for name, source in (("validation", "val"), ("synthetic", "synthetic"), ("test", "test")) if source in tables}
-    return predictions.assign(file=[of[name].get(i, "") for name, i in zip(predictions["images"], predictions["id"], strict=True)])
+    rows = zip(predictions["images"], predictions["id"], strict=True)
+    return predictions.assign(file=[place(of[name][i]) if i in of[name] else "" for name, i in rows])
 
 # %% ../nbs/15_debias.ipynb #b8c7c8eb
 def _record(options, tables, files):

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -53,3 +54,16 @@ def one_thread():
     "The same sums on every machine. Only where a test module imported torch: importing it here would slow all others."
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "Chromium, driven by playwright."
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium on the PATH")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield found
+        found.close()

@@ -5,7 +5,6 @@ import importlib
 import inspect
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -234,18 +233,6 @@ def test_addresses_elsewhere_are_well_formed():
 
 
 # in a browser
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium on the PATH")
-    with api.sync_playwright() as p:
-        found = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield found
-        found.close()
-
 
 @pytest.fixture
 def visit(browser, built):

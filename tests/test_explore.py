@@ -27,7 +27,6 @@ from aimfair.report import THRESHOLDS, log_odds, threshold_curves
 from aimfair.synthesis import synthesize
 
 pytestmark = pytest.mark.filterwarnings("ignore:The model handed in gets", "ignore:no sample with", "ignore:only one")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def predictions(n, methods=("ERM", "AIM-Fair"), seeds=(1,), classes=2, groups=2, rng=0):
@@ -290,12 +289,9 @@ def test_the_page_is_for_who_knows_the_token_and_ends_with_its_terminal(debiased
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_in_a_browser_slider_filters_and_saving_work(debiased, tmp_path):
-    from playwright.sync_api import sync_playwright
+def test_in_a_browser_slider_filters_and_saving_work(debiased, browser, tmp_path):
     said, asked = [], []
-    with serving(debiased, out=tmp_path / "out") as (url, _), sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with serving(debiased, out=tmp_path / "out") as (url, _):
         page = browser.new_page(viewport={"width": 1300, "height": 1000})
         page.set_default_timeout(240_000)  # a busy machine is no failure
         page.on("console", lambda m: said.append(m.text) if m.type == "error" else None)
@@ -325,6 +321,6 @@ def test_in_a_browser_slider_filters_and_saving_work(debiased, tmp_path):
         page.get_by_text("errors.csv").wait_for()
         page.set_viewport_size({"width": 400, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
-        browser.close()
+        page.close()
     assert not said and not asked
     assert {f.name for f in Path(tmp_path / "out").iterdir()} == {"errors.csv", "errors.png"}

@@ -1,13 +1,9 @@
 "The report in a browser: tables that sort, narrow screens, dark ground and paper."
 import re
-import shutil
 
 import pytest
 
 from aimfair.report import Cell, Section, TableText, write_html_report
-
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 
 ROWS = [("ERM", "90.10", "± 0.30", "−1.5", "[0.2, 0.4]", "1,600", "smiling", "–"),
         ("aim", "9.80", "± 2.00", "0.25", "[−0.1, 0.4]", "400", "Young", "7"),
@@ -39,15 +35,6 @@ def report(tmp_path_factory):
                 Section("beta", error="no folder")]
     return write_html_report(folder / "report.html", experiments=sections, about={"profile": "toy", "seeds": list(range(100, 120))},
                              configuration={"data.averyveryverylongsetting": "x" * 90})
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

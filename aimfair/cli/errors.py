@@ -8,11 +8,10 @@ __all__ = ['as_line', 'explain']
 # %% ../../nbs/21_cli/01_errors.ipynb #bb67bb1d
 import errno
 import sys
-from urllib.error import URLError
 
 import typer
 
-from ..core import did_you_mean
+from ..core import did_you_mean, of_network
 
 # %% ../../nbs/21_cli/01_errors.ipynb #03c98660
 def as_line(
@@ -33,16 +32,9 @@ def _usage(error):
     return f"{message} ({context.command_path} --help)" if context else message
 
 # %% ../../nbs/21_cli/01_errors.ipynb #15939ebf
-_NETWORK = ("requests", "urllib3", "httpx", "httpcore")
 _EXTRAS = {"timm": "timm", "datasets": "hub", "openai": "llm", "gguf": "llm", "jupyterlab": "lab", "ipywidgets": "lab", "peft": "peft",
            "tensorboard": "tensorboard", "trackio": "trackio", "plotly": "explore", "anywidget": "explore", "voila": "explore"}
 _MENDABLE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
-
-
-def _of_network(error):
-    "Whether the error, or a class that it derives from, belongs to a package that talks to the network."
-    return (isinstance(error, ConnectionError | TimeoutError | URLError)
-            or any(kind.__module__.split(".")[0] in _NETWORK for kind in type(error).__mro__))
 
 
 def _os_error(error):
@@ -77,7 +69,7 @@ def explain(
         return 130, "interrupted; run the same command to continue"
     if hasattr(error, "format_message"):
         return 2, _usage(error)
-    if _of_network(error):
+    if of_network(error):
         return 2, f"no connection ({as_line(error, 200)}); check the network, or name local files"
     if isinstance(error, OSError):
         return _os_error(error)

@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..core import user_path, write_whole
+from ..core import of_network, user_path, write_whole
 
 # %% ../../nbs/04_data/06_cards.ipynb #7389dd4a
 def new_card(
@@ -98,7 +98,6 @@ _STATUS = {401: "the hub does not know this token; log in again with `hf auth lo
            403: "this token may not write there; it needs the right to write, and the repository has to be yours or your organisation's",
            404: "there is no such repository or revision, or this token may not see it",
            429: "the hub has had too many requests; what was uploaded is kept: try again later"}
-_NETWORK = ("requests", "urllib3", "httpx", "httpcore")
 
 
 def _chain(error):
@@ -116,7 +115,7 @@ def _why(error: BaseException, endpoint: str) -> str | None:
         if status := getattr(getattr(e, "response", None), "status_code", None):
             told = _STATUS.get(status) or " ".join(str(getattr(e, "server_message", None) or e).split())[:300]
             return f"{told} ({status})"
-        if isinstance(e, ConnectionError | TimeoutError) or any(k.__module__.startswith(_NETWORK) for k in type(e).__mro__):
+        if of_network(e):
             told = " ".join(str(e).split())[:200] or type(e).__name__
             return f"no connection to {endpoint} ({told}); what was uploaded is kept: try again"
     return " ".join(str(error).split())[:300] if isinstance(error, ValueError | RuntimeError) else None

@@ -7,7 +7,6 @@ __all__ = ['PAGE', 'State', 'titles_at_threshold', 'save_view', 'Tab', 'RunsTab'
            'ErrorsTab', 'ImagesTab', 'LayersTab', 'CandidatesTab', 'Choices', 'Explorer', 'explore']
 
 # %% ../../nbs/20_explore/04_explorer.ipynb #7a1fb153
-import html
 import os
 from collections.abc import Callable
 from functools import cached_property
@@ -16,8 +15,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..core import one_line, user_path, whole_file
-from .errors import OUTCOMES, Pair, caption, matching, outcomes, sheet, wall
+from ..core import as_html, one_line, user_path, whole_file
+from .errors import OUTCOMES, Pair, caption, have_words, matching, outcomes, sheet, wall
 from .sources import Explorable, files_of, open_result
 from .views import FAIRNESS, candidates_view, figures_at, graph_objects, groups_view, layers_view, move_threshold
 from .views import runs_view, shown, thresholds_view
@@ -35,7 +34,7 @@ class _Chosen:
     "What is looked at; whoever listens is told of changes."
 
     def __init__(self, source: Explorable):
-        self.source, self.listeners = source, []
+        self.source, self.listeners, self._scores = source, [], {}
         self.at, self.positive = 0.5, 1
         self.choose(next(iter(source.sets), None))
 
@@ -57,17 +56,14 @@ class _Chosen:
 
     def changed(self):
         "Forget what was worked out, and tell."
-        self._pairs = {}
+        for name in ("pair", "curves"):
+            vars(self).pop(name, None)
         for listener in self.listeners:
             listener()
 
 # %% ../../nbs/20_explore/04_explorer.ipynb #3f50ed64
 class State(_Chosen):
     "What is looked at, and what follows from it; that is worked out once."
-
-    @cached_property
-    def _scores(self):
-        return {}
 
     @property
     def scores(self) -> pd.DataFrame:
@@ -76,19 +72,15 @@ class State(_Chosen):
             self._scores[self.name] = per_seed(self.source.predictions(self.name))
         return self._scores[self.name]
 
-    @property
+    @cached_property
     def pair(self) -> Pair:
         "The two models. Raises `ValueError` where one of them has no such seed."
-        if "pair" not in self._pairs:
-            self._pairs["pair"] = Pair.of(self.source.predictions(self.name), self.before, self.after, self.seed, self.source.names)
-        return self._pairs["pair"]
+        return Pair.of(self.source.predictions(self.name), self.before, self.after, self.seed, self.source.names)
 
-    @property
+    @cached_property
     def curves(self) -> dict[str, pd.DataFrame]:
         "Figures of both over thresholds."
-        if "curves" not in self._pairs:
-            self._pairs["curves"] = self.pair.curves(self.positive)
-        return self._pairs["curves"]
+        return self.pair.curves(self.positive)
 
     @property
     def labels(self) -> tuple[str, str]:
@@ -135,7 +127,7 @@ class Tab:
 
     def __init__(self, state: State, out: Path):
         import ipywidgets as widgets
-        self.state, self.out, self.widgets, self.stale = state, out, widgets, True
+        self.state, self.out, self.widgets, self.drawn_of = state, out, widgets, None
         self.button = widgets.Button(description="Save", icon="download", tooltip=f"Save as a picture and a table in {out.name}")
         self.button.on_click(lambda _: self.guarded(self.save))
         self.told = widgets.HTML()
@@ -157,22 +149,29 @@ class Tab:
         try:
             self.told.value = action() or ""
         except Exception as error:
-            self.told.value = f"<span role='alert'>{_escaped(one_line(error))}</span>"
+            self.told.value = f"<span role='alert'>{as_html(one_line(error))}</span>"
+
+    def looks_at(self) -> tuple:
+        "What of the state the drawing depends on."
+        state = self.state
+        return state.name, state.before, state.after, state.seed, state.positive
+
+    @property
+    def stale(self) -> bool:
+        "Whether the state has changed since it was drawn."
+        return self.drawn_of != self.looks_at()
 
     def refresh(self):
         "Draw, where there is something new."
         if self.stale:
-            self.stale = False
+            self.drawn_of = self.looks_at()
             self.guarded(self.draw)
 
     def save(self) -> str:
         "Write picture and table; says where."
         files = save_view(self.out, self.name, *self.shown())
-        return f"Saved in {_escaped(str(self.out))}: {', '.join(f.name for f in files)}"
+        return f"Saved in {as_html(str(self.out))}: {', '.join(f.name for f in files)}"
 
-
-def _escaped(text):
-    return html.escape(text)
 
 # %% ../../nbs/20_explore/04_explorer.ipynb #4689aae4
 class RunsTab(Tab):
@@ -221,10 +220,10 @@ class GroupsTab(Tab):
 # %% ../../nbs/20_explore/04_explorer.ipynb #c2ec9086
 def _figures_html(table):
     "The figures at a threshold, as a small table."
-    rows = "".join(f"<tr><th scope='row' style='text-align:left;padding-right:12px;font-weight:normal'>{_escaped(name)}</th>"
+    rows = "".join(f"<tr><th scope='row' style='text-align:left;padding-right:12px;font-weight:normal'>{as_html(name)}</th>"
                    + "".join(f"<td style='text-align:right;padding:0 8px'>{value:.1f}</td>" for value in row) + "</tr>"
                    for name, row in zip(table.index, table.to_numpy(), strict=True))
-    head = "".join(f"<th scope='col' style='padding:0 8px'>{_escaped(str(c))}</th>" for c in table.columns)
+    head = "".join(f"<th scope='col' style='padding:0 8px'>{as_html(str(c))}</th>" for c in table.columns)
     return f"<table class='aimfair-at'><tr><th></th>{head}</tr>{rows}</table>"
 
 # %% ../../nbs/20_explore/04_explorer.ipynb #9d369902
@@ -314,11 +313,14 @@ class Wall(Tab):
         self.page = 0
         self.guarded(self.fill)
 
+    def on_page(self, rows):
+        return rows.iloc[PAGE * self.page:PAGE * (self.page + 1)]
+
     def fill(self):
         "Show the page."
         rows = self.rows()
         self.page = min(self.page, max(0, (len(rows) - 1) // PAGE))
-        part = rows.iloc[PAGE * self.page:PAGE * (self.page + 1)]
+        part = self.on_page(rows)
         first = PAGE * self.page + 1
         self.count.value = f"{first:,} to {first + len(part) - 1:,} of {len(rows):,}" if len(part) else "none"
         self.back.disabled, self.forth.disabled = self.page == 0, PAGE * (self.page + 1) >= len(rows)
@@ -326,7 +328,7 @@ class Wall(Tab):
 
     def shown(self):
         rows = self.rows()
-        return sheet(self.pictures(rows.iloc[PAGE * self.page:PAGE * (self.page + 1)])), rows
+        return sheet(self.pictures(self.on_page(rows))), rows
 
 # %% ../../nbs/20_explore/04_explorer.ipynb #7c8461b3
 class ErrorsTab(Wall):
@@ -338,6 +340,9 @@ class ErrorsTab(Wall):
         self.outcome = w.ToggleButtons(options=OUTCOMES[:3])
         self.confidence = w.FloatRangeSlider(value=(0, 1), min=0, max=1, step=0.01, description="Confidence", continuous_update=False)
         return [self.outcome, self.confidence]
+
+    def looks_at(self):
+        return *super().looks_at(), self.state.at
 
     def draw(self):
         self.found = outcomes(self.state.pair, self.state.at)
@@ -391,8 +396,7 @@ class ImagesTab(Wall):
         table = self.state.source.attempts()
         keep = (table["status"] == "kept") == (self.status.value == "kept")
         keep &= True if not self.group.value else table["group"] == self.group.value
-        for word in self.prompt.value.lower().split():
-            keep &= table["prompt"].str.lower().str.contains(word, regex=False)
+        keep &= have_words(table["prompt"], self.prompt.value)
         rows = table[keep]
         return rows if not self.order.value else rows.sort_values(self.order.value[0], ascending=self.order.value[1], kind="stable")
 
@@ -529,7 +533,7 @@ class Explorer:
         self.tabs = [of(self.state, user_path(out)) for of in _has_part(source)]
         self.pages = widgets.Tab([tab.box for tab in self.tabs], titles=[tab.title for tab in self.tabs])
         self.choices = Choices(self.state)
-        heading = widgets.HTML(f"{_LOOK}<h2 style='margin:0'>{_escaped(source.title)}</h2><p style='margin:0;opacity:.75'>{_CAVEAT}</p>")
+        heading = widgets.HTML(f"{_LOOK}<h2 style='margin:0'>{as_html(source.title)}</h2><p style='margin:0;opacity:.75'>{_CAVEAT}</p>")
         parts = [heading, *[self.choices.box] * bool(source.sets), self.pages, _fitting()]
         self.widget = widgets.VBox(parts).add_class("aimfair-explorer")
         self.pages.observe(lambda _: self._refresh(), "selected_index")
@@ -537,17 +541,13 @@ class Explorer:
         self._refresh()
 
     def _changed(self):
-        for tab in self.tabs:
-            tab.stale = True
         self.choices.follow()
         self._refresh()
 
     def _refresh(self):
         "Draw the tab that is looked at."
         if self.tabs and self.pages.selected_index is not None:
-            tab = self.tabs[self.pages.selected_index]
-            tab.stale |= isinstance(tab, ErrorsTab)  # the threshold may have moved
-            tab.refresh()
+            self.tabs[self.pages.selected_index].refresh()
 
     def _ipython_display_(self):
         from IPython.display import display

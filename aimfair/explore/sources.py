@@ -42,7 +42,7 @@ def _no_pictures(name, rows):
 # %% ../../nbs/20_explore/01_sources.ipynb #c63844e1
 @dataclass
 class Explorable:
-    "What there is to see of a result. What is not there is None."
+    "What there is to see of a result, each part read once. What is not there is None."
     title: str
     sets: Mapping[str, Callable[[], pd.DataFrame]]  # predictions by the name of their images or experiment: `PREDICTIONS` and logits
     names: Names = field(default_factory=Names)  # words of classes and groups
@@ -52,11 +52,11 @@ class Explorable:
     candidates: Callable[[], pd.DataFrame | None] = lambda: None  # for k, by k, as `ChosenK.table` has them
 
     def __post_init__(self):
-        self.predictions = cache(self.predictions)
-        self.attempts = cache(self.attempts)
+        for name in ("predictions", "attempts", "sensitivity", "candidates"):
+            setattr(self, name, cache(getattr(self, name)))
 
     def predictions(self, name: str) -> pd.DataFrame:
-        "A set's predictions; they are read once. Raises `ValueError` for an unknown set, or for columns that lack."
+        "A set's predictions. Raises `ValueError` for an unknown set, or for columns that lack."
         if name not in self.sets:
             raise ValueError(unknown("set of predictions", name, self.sets))
         frame = self.sets[name]()

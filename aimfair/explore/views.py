@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..metrics import FEW
 from ..report.drawing import COLOURS, method_styles
+from ..report.thresholds import FIGURE_WORDS
 
 # %% ../../nbs/20_explore/03_views.ipynb #1c829a84
 def graph_objects():
@@ -82,8 +83,6 @@ def runs_view(
     return figure
 
 # %% ../../nbs/20_explore/03_views.ipynb #501259b6
-_WORDS = {"accuracy": "accuracy", "worst_group_accuracy": "worst group (WST)", "equalized_odds": "equalized odds (EO) ↓",
-          "group_accuracy_std": "deviation of groups (STD) ↓"}
 _WHEN = {"before": _BLACK, "after": COLOURS["red"]}
 
 
@@ -95,8 +94,8 @@ def groups_view(
     "Every figure and group of two models, with 95 % intervals; groups of few images are pale."
     go, figure = graph_objects(), graph_objects().Figure()
     shown = figures.drop(index="equalized_odds_max", errors="ignore")
-    words = [_WORDS.get(name) or f"{titles.get(name, name)} ({int(n):,})" for name, n in shown["n"].items()]
-    pale = [0.4 if name not in _WORDS and n < FEW else 1.0 for name, n in shown["n"].items()]
+    words = [FIGURE_WORDS.get(name) or f"{titles.get(name, name)} ({int(n):,})" for name, n in shown["n"].items()]
+    pale = [0.4 if name not in FIGURE_WORDS and n < FEW else 1.0 for name, n in shown["n"].items()]
     for label, (when, colour) in zip(labels, _WHEN.items(), strict=True):
         value, low, high = (100 * shown[when + end] for end in ("", "_low", "_high"))
         figure.add_trace(go.Scatter(
@@ -164,8 +163,8 @@ def figures_at(
     at: float,
 ) -> pd.DataFrame:  # in percent, by figure and model
     "Accuracy, worst group, equalized odds and deviation of both at a threshold."
-    rows = {when: 100 * frame.iloc[_nearest(frame, at)][list(_WORDS)] for when, frame in curves.items()}
-    return pd.DataFrame(rows).rename(index=_WORDS)
+    rows = {when: 100 * frame.iloc[_nearest(frame, at)][list(FIGURE_WORDS)] for when, frame in curves.items()}
+    return pd.DataFrame(rows).rename(index=FIGURE_WORDS)
 
 # %% ../../nbs/20_explore/03_views.ipynb #819712c2
 def layers_view(
