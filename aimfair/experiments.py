@@ -270,7 +270,9 @@ def reproduce(
     workers, out = n_workers(workers, plan.profile.run.threads), user_path(out or store / "results" / plan.profile.name).resolve()
     done = Reproduction(plan, left_out=left_out, made=len(plan.missing))
     out.mkdir(parents=True, exist_ok=True)
-    if not shareable:
+    if shareable:  # it would name folders; so would the one of a run before
+        (out / CALLS).unlink(missing_ok=True)
+    else:
         write_calls(done, out, profile=str(profile), settings=dict(settings or {}), seeds=seeds)
     if progress:
         print(summary(plan, workers), file=sys.stderr)
