@@ -2595,6 +2595,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                      'aimfair/repro/scheduler.py'),
                                          'aimfair.repro.scheduler.Executor.submit': ( '17_repro/scheduler.html#executor.submit',
                                                                                       'aimfair/repro/scheduler.py'),
+                                         'aimfair.repro.scheduler.Executor.wait': ( '17_repro/scheduler.html#executor.wait',
+                                                                                    'aimfair/repro/scheduler.py'),
                                          'aimfair.repro.scheduler.InProcess': ( '17_repro/scheduler.html#inprocess',
                                                                                 'aimfair/repro/scheduler.py'),
                                          'aimfair.repro.scheduler.InProcess.close': ( '17_repro/scheduler.html#inprocess.close',

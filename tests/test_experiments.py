@@ -26,6 +26,7 @@ from aimfair.groups import group_sizes
 from aimfair.repro import (
     Artifact,
     Edit,
+    Executor,
     FineTune,
     Forecast,
     Images,
@@ -650,13 +651,13 @@ def test_a_job_that_fails_takes_its_dependents_and_nothing_else(tiny, monkeypatc
     assert not make_plan("toy", ["layer_sensitivity"], seeds=1, settings=TINY | {"train.epochs": 1}, store=store)[0].missing
 
 
-class Recorded:
+class Recorded(Executor):
     "An executor that keeps what it is given, and finishes it in the order asked for."
 
     def __init__(self, slots):
         self.slots, self.given, self.closed = slots, [], []
 
-    def submit(self, function, job, root):
+    def submit(self, job, root):
         self.given.append(job)
         future = Future()
         future.set_result(None)
@@ -689,7 +690,7 @@ class TestScheduler:
 
     def test_it_never_hands_out_more_than_there_are_slots_for(self, tmp_path):
         class Slow(Recorded):
-            def submit(self, function, job, root):
+            def submit(self, job, root):
                 self.given.append(job)
                 future = Future()
                 open_ = [f for f in self.futures if not f.done()]

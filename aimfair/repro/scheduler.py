@@ -8,18 +8,19 @@ __all__ = ['urgency', 'give_memory_back', 'run_job', 'Executor', 'InProcess', 'P
 
 # %% ../../nbs/17_repro/07_scheduler.ipynb #50fad549
 import ctypes
+import heapq
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from graphlib import TopologicalSorter
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
 
 import torch
 
@@ -58,25 +59,31 @@ def run_job(job: Job, root: Path) -> None:
     give_memory_back()
 
 
-class Executor(Protocol):
-    "Where jobs run. `concurrent.futures.Executor` with a number of jobs that it wants at a time, and a quick end."
+class Executor(ABC):
+    "Where jobs run: a `concurrent.futures.Executor` for jobs, which says how many it wants at a time."
     slots: int  # jobs that it takes at a time
 
-    def submit(self, function: Callable, *args) -> Future:
-        "Have a function called; its result or error is the future's."
+    @abstractmethod
+    def submit(self, job: Job, root: str | Path) -> Future:
+        "Have a job run on the store at `root`; the future is done when it is, and has its error."
 
+    def wait(self, running: Collection[Future]) -> set[Future]:
+        "Those of some futures that are done, once one is."
+        return wait(running, return_when=FIRST_COMPLETED).done
+
+    @abstractmethod
     def close(self, at_once: bool) -> None:
         "No more jobs; `at_once`: do not wait for those that run, but end them."
 
 # %% ../../nbs/17_repro/07_scheduler.ipynb #c4704c7e
-class InProcess:
+class InProcess(Executor):
     "Runs each job in this process, when it is submitted."
     slots = 1
 
-    def submit(self, function, *args):
+    def submit(self, job, root):
         future = Future()
         try:
-            future.set_result(function(*args))
+            future.set_result(run_job(job, root))
         except Exception as error:
             future.set_exception(error)
         return future
@@ -112,7 +119,7 @@ def _start_worker(held_open):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-class Processes:
+class Processes(Executor):
     "Runs jobs in worker processes of this machine."
 
     def __init__(self, workers: int):
@@ -121,8 +128,8 @@ class Processes:
         self.slots = 2 * workers
         self.pool = ProcessPoolExecutor(workers, context, _start_worker, (theirs,))
 
-    def submit(self, function, *args):
-        return self.pool.submit(function, *args)
+    def submit(self, job, root):
+        return self.pool.submit(run_job, job, root)
 
     def close(self, at_once):
         if at_once:
@@ -144,16 +151,22 @@ def lost_with(
     jobs: Mapping[str, Job],
 ) -> set[str]:  # hashes
     "The jobs that cannot be done when one failed: those that need it, directly or not."
-    lost = {failed}
-    while more := {h for h, job in jobs.items() if h not in lost and any(n.artifact.hash in lost for n in job.needs)}:
-        lost |= more
+    waiting: dict[str, list[str]] = {}
+    for h, job in jobs.items():
+        for need in job.needs:
+            waiting.setdefault(need.artifact.hash, []).append(h)
+    lost, more = {failed}, [failed]
+    while more:
+        found = [h for h in waiting.get(more.pop(), ()) if h not in lost]
+        lost.update(found)
+        more += found
     return lost
 
 # %% ../../nbs/17_repro/07_scheduler.ipynb #f5b669b7
 def run_jobs(
     jobs: Mapping[str, Job],  # those that have to be done, by the hashes of their artifacts
     seconds: Mapping[str, float],  # how long each may take
-    root: Path,  # of the store
+    root: str | Path,  # of the store
     executor: Executor,
     advance: Callable[[str], None] = lambda hash: None,  # called when a job is done or has failed
     waves: Mapping[str, int] | None = None,  # of jobs: those of an earlier wave go first; None: all are of one
@@ -162,17 +175,17 @@ def run_jobs(
     order = TopologicalSorter({h: [n.artifact.hash for n in job.needs if n.artifact.hash in jobs] for h, job in jobs.items()})
     order.prepare()
     urgent, ready, running, failed = urgency(jobs, seconds), [], {}, {}
-    first = {h: (-(waves or {}).get(h, 0), urgent[h]) for h in jobs}
     try:
         while order.is_active():
-            ready = sorted([*ready, *order.get_ready()], key=first.__getitem__, reverse=True)
-            for h in [h for h in ready if h in failed]:  # what they need is missing
-                ready.remove(h)
-                order.done(h)
+            for place, h in enumerate(order.get_ready()):
+                if h in failed:  # what it needs is missing
+                    order.done(h)
+                else:
+                    heapq.heappush(ready, ((waves or {}).get(h, 0), -urgent[h], place, h))
             while ready and len(running) < executor.slots:
-                h = ready.pop(0)
-                running[executor.submit(run_job, jobs[h], root)] = h
-            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                h = heapq.heappop(ready)[-1]
+                running[executor.submit(jobs[h], root)] = h
+            for future in executor.wait(running) if running else ():
                 h = running.pop(future)
                 if isinstance(error := future.exception(), BrokenProcessPool):
                     raise error
