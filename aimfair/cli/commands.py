@@ -103,6 +103,8 @@ def reproduce(
     settings: Settings = None,
     aggregation: Annotated[str, option("NAME", "of seeds: mean, or published (as the published code joins them)")] = "mean",
     workers: Annotated[int | None, option("N", "models trained at a time", min=1)] = None,
+    on: Annotated[str | None, option("PLACE", "ray: the Ray cluster of RAY_ADDRESS, else one that is started here; ray=ADDRESS: that "
+                                     "one; by default this machine, without Ray")] = None,
     shareable: Annotated[bool, typer.Option("--shareable", help="show no faces but those of a generator that ships, and no folder of this "
                                                                "machine, so that the results can be passed on")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="tell what would be made and reused, and how long it may take")] = False,
@@ -117,15 +119,17 @@ def reproduce(
     from aimfair import experiments
     if plan:
         told, left_out = experiments.make_plan(profile, **which, store=store or "runs")
-        failed = {}
+        failed, logs = {}, []
     else:
         done = experiments.reproduce(profile, **which, out=out, store=store, aggregation=aggregation, workers=workers,
-                                     shareable=shareable)
+                                     on=on, shareable=shareable)
         told = f"{len(done.files)} files of {len(done.plan.cases)} experiments; report: {done.report}"
-        left_out, failed = done.left_out, done.failed
+        left_out, failed, logs = done.left_out, done.failed, [file for file in done.files if file.suffix == ".log"]
     typer.echo("\n".join([str(told), *(f"left out: {name}: {reason}" for name, reason in left_out.items())]))
     for name, reason in failed.items():
         typer.echo(f"aimfair: failed: {name}: {as_line(reason)}", err=True)
+    for file in logs:
+        typer.echo(f"aimfair: in full: {file}", err=True)
     if failed:
         raise typer.Exit(1)
 
