@@ -48,7 +48,7 @@ def learning_memory(job: ProtocolJob) -> int:  # bytes
     "What a classifier takes that learns, with its gradients and two averages of them; one that is used takes less."
     model, size = job.protocol.model, job.protocol.data.size
     batch = job.configuration.batch_size if isinstance(job, ModelJob) else job.protocol.train.batch_size
-    return 4 * (2 * batch * activations(model, size) + 4 * classifier_cost(model, size)[1])
+    return 4 * (3 * batch * activations(model, size) + 4 * classifier_cost(model, size)[1])
 
 
 def drawing_memory(synthetic: SyntheticSettings) -> int:  # bytes
