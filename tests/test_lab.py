@@ -155,14 +155,14 @@ def sound(cells):
 
 
 def pictures_fit(panel):
-    "How many pictures a notebook shows; each lies inside its output."
+    "How many pictures a notebook shows; each lies inside its output, and was not made wider than a column."
     panel.locator(".jp-OutputArea-output img").first.wait_for()
     boxes = panel.locator(".jp-OutputArea-output img").evaluate_all("""images => images.map(image => {
       const box = image.getBoundingClientRect(), around = image.closest('.jp-OutputArea-output');
       return [image.naturalWidth, box.width, box.right, around.getBoundingClientRect().right, around.scrollWidth - around.clientWidth];
     })""")
     for natural, width, right, edge, hidden in boxes:
-        assert natural > 0 and width > 20 and right <= edge + 1 and hidden <= 1, boxes
+        assert 0 < natural <= 900 and width > 20 and right <= edge + 1 and hidden <= 1, boxes
     return len(boxes)
 
 
