@@ -475,6 +475,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'aimfair.experiments.results': ('experiments.html#results', 'aimfair/experiments.py'),
                                      'aimfair.experiments.run': ('experiments.html#run', 'aimfair/experiments.py'),
                                      'aimfair.experiments.shown_in': ('experiments.html#shown_in', 'aimfair/experiments.py'),
+                                     'aimfair.experiments.threshold_section': ( 'experiments.html#threshold_section',
+                                                                                'aimfair/experiments.py'),
                                      'aimfair.experiments.time_taken': ('experiments.html#time_taken', 'aimfair/experiments.py'),
                                      'aimfair.experiments.work_bar': ('experiments.html#work_bar', 'aimfair/experiments.py'),
                                      'aimfair.experiments.write_calls': ('experiments.html#write_calls', 'aimfair/experiments.py'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOTEBOOK_SECONDS', 'DIFFERENCES', 'CALLS', 'executor_for', 'compute', 'work_bar', 'time_taken', 'compute_or_raise',
            'run', 'results', 'from_notebook', 'against_paper', 'Reproduction', 'lost_experiments', 'write_failures',
-           'bind', 'write_calls', 'shown_in', 'Presentation', 'reproduce', 'COMPARISON', 'EXPERIMENTS', 'METHODS',
-           'STRATEGIES', 'Profile', 'load_profile', 'make_plan', 'profiles']
+           'threshold_section', 'bind', 'write_calls', 'shown_in', 'Presentation', 'reproduce', 'COMPARISON',
+           'EXPERIMENTS', 'METHODS', 'STRATEGIES', 'Profile', 'load_profile', 'make_plan', 'profiles']
 
 # %% ../nbs/18_experiments.ipynb #8f7200b3
 import json
@@ -33,7 +33,7 @@ from .repro.profiles import Profile, full_name, load_profile, paper_seeds, profi
 from .repro.results import Results, as_toml, choices_made
 from .repro.scheduler import Executor, InProcess, Processes, of_the_script, run_jobs
 from .repro.store import Store
-from .report import Section, write_html_report
+from .report import Section, plot_thresholds, threshold_curves, write_figure, write_html_report
 
 _all_ = ["COMPARISON", "EXPERIMENTS", "METHODS", "STRATEGIES", "Profile", "load_profile", "make_plan", "profiles"]
 
@@ -217,6 +217,27 @@ def write_failures(
             files.append(write_whole(folder / f"{job.stage}-{h}.log", f"{job.stage}: {job.artifact.label}\n\n{config}\n\n{trace}"))
     return files
 
+# %% ../nbs/18_experiments.ipynb #a771d00f
+_BOTH = ["ERM", "AIM-Fair"]
+
+
+def threshold_section(
+    done: Reproduction,
+    out: Path,  # folder for the picture
+) -> list[Section]:  # one, or none where no experiment has both models, or classes are more than two
+    "Accuracy and fairness before and after the method, over all thresholds, all seeds together."
+    for name in done.shown:
+        cases = done.plan.cases[name]
+        variant = [c.label for c in cases if c.variant == cases[0].variant and c.rule == "natural"]
+        if set(_BOTH) <= set(variant):
+            predictions = Results(done.plan, name, 0).by_variant()[cases[0].variant]
+            if predictions["target"].nunique() == 2 and "logit" in predictions:
+                curves = {m: threshold_curves(predictions[predictions["method"] == m]) for m in _BOTH}
+                write_figure(plot_thresholds(curves), out / "thresholds")
+                return [Section("thresholds", "Over all thresholds", "What becomes of the figures where yes does not begin at one half; "
+                                "`aimfair explore` shows the faces behind them.")]
+    return []
+
 # %% ../nbs/18_experiments.ipynb #411f7977
 def bind(
     done: Reproduction,
@@ -228,6 +249,7 @@ def bind(
     profile = done.plan.profile
     there = [n for n in done.plan.cases if n in done.shown or n in done.failed]
     pages = [Section.from_notebook(out / "notebooks" / f"{n}.ipynb", name=n, error=done.failed.get(n)) for n in there]
+    pages += threshold_section(done, out)
     some = f"{len(there)} of {len(done.plan.cases)}; the others were not finished when this was written"
     unfinished = {"Experiments": some} if len(there) < len(done.plan.cases) else {}
     about = {"profile": profile.name, "seeds": done.plan.seeds, "made": done.made, "reused": len(done.plan.jobs) - done.made,
