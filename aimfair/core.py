@@ -231,7 +231,7 @@ def put_in_place(
     os.replace(aside, target)
     shutil.rmtree(old, ignore_errors=True)
 
-
+# %% ../nbs/00_core.ipynb #bf3ca558
 @contextmanager
 def whole_folder(
     path: str | Path,

@@ -258,7 +258,7 @@ def visible_difference(
     df = (seeds - 1) * (1 + within / between) ** 2 if between else np.inf
     return float((stdtrit(df, 0.5 + confidence / 2) + stdtrit(df, power)) * np.sqrt(between + within))
 
-
+# %% ../../nbs/16_report/01_scores.ipynb #dcb8383a
 def images_needed(
     difference: float,  # that is to be seen, in points
     seeds: int,  # at least 2

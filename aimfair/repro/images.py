@@ -331,7 +331,7 @@ def known_names(data: DataSettings) -> Names:
         return tuple(parse_bins(data.bins)) if attribute == "age" and data.bins else _WORDS[data.layout][attribute]
     return Names(words(data.target), words(data.protected), fixed=True)
 
-
+# %% ../../nbs/17_repro/03_images.ipynb #314a0654
 @lru_cache(maxsize=256)
 def names_in(images: Images) -> Names:
     "The words for classes and groups, as the images on disk have them."

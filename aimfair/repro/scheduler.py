@@ -58,7 +58,7 @@ def run_job(job: Job, root: Path) -> None:
         torch.set_num_threads(before)
     give_memory_back()
 
-
+# %% ../../nbs/17_repro/07_scheduler.ipynb #2590300b
 class Executor(ABC):
     "Where jobs run: a `concurrent.futures.Executor` for jobs, which says how many it wants at a time."
     slots: int  # jobs that it takes at a time

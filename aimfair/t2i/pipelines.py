@@ -44,7 +44,7 @@ def learnt_from(
     file = user_path(folder) / "images.txt"
     return file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
 
-
+# %% ../../nbs/07_t2i/07_pipelines.ipynb #edee248a
 def plain_words(text: str) -> list[str]:
     "The words of a text, those of a hyphenated one apart, without numbers."
     return re.findall(r"[^\W\d_]+", text)
