@@ -27,7 +27,7 @@ from .repro.progress import WorkBar
 from .repro.profiles import Profile, full_name, load_profile, paper_seeds, profiles, settings_of
 from .repro.results import Results, as_toml, choices_made
 from .repro.scheduler import InProcess, Processes, of_the_script, run_jobs
-from .repro.store import Store
+from .repro.store import RemoteStore, Store, open_store
 from .report import Section, write_html_report
 
 _all_ = ["COMPARISON", "EXPERIMENTS", "METHODS", "STRATEGIES", "Profile", "load_profile", "make_plan", "profiles"]
@@ -48,8 +48,11 @@ def compute(
         warnings.warn(f"computed in one process: {listed(own)} is defined in the script itself, where workers do not find it; a module of "
                       "its own would let them", stacklevel=2)
         workers = 1
+    plan.store.prepare()  # before hours of work that could not be kept
+    if not plan.store.shared:
+        workers = 1
     executor = Processes(min(workers, len(plan.missing))) if workers > 1 else InProcess()
-    return run_jobs(plan.missing, plan.seconds, plan.store.root, executor, advance, plan.waves)
+    return run_jobs(plan.missing, plan.seconds, plan.store.where, executor, advance, plan.waves)
 
 # %% ../nbs/18_experiments.ipynb #1fafcd15
 def work_bar(plan: Plan, workers: int, progress: bool, notebooks: Iterable[str] = ()) -> WorkBar:
@@ -79,7 +82,7 @@ def run(
     methods: Iterable[str] = STRATEGIES,
     *, seeds: int | None = None,  # how many of the paper's seeds; None: the profile's number
     settings: dict[str, Any] | None = None,  # {dotted name: value} over the profile
-    store: str | Path = "runs",
+    store: str | Path | Store = "runs",  # folder of artifacts, or an address such as s3://bucket/runs
     workers: int | None = None,  # processes; None: one a core on a CPU, one with a GPU
     progress: bool = True,
 ) -> Results:
@@ -89,15 +92,15 @@ def run(
         if why := find_method(name).lacks(profile.protocol):
             raise ValueError(f"{name}: {why}")
     n_workers(workers, profile.run.threads)
-    plan = Plan(profile, {"": rows(methods)}, paper_seeds(seeds or profile.run.seeds), Store(store))
+    plan = Plan(profile, {"": rows(methods)}, paper_seeds(seeds or profile.run.seeds), open_store(store))
     return Results(plan, "", compute_or_raise(plan, workers, progress))
 
 # %% ../nbs/18_experiments.ipynb #980cb837
 def results(
     name: str,  # of `EXPERIMENTS`
     profile: str | Path | Profile = "toy",
-    *, seeds: int | None = None, settings: dict[str, Any] | None = None, store: str | Path = "runs", workers: int | None = None,
-    progress: bool = True,  # as in `run`
+    *, seeds: int | None = None, settings: dict[str, Any] | None = None, store: str | Path | Store = "runs",
+    workers: int | None = None, progress: bool = True,  # as in `run`
 ) -> Results:
     "Compute what is missing of an experiment, and return what came out. Errors as in `make_plan`."
     plan, left_out = make_plan(profile, [name], seeds=seeds, settings=settings, store=store)
@@ -186,7 +189,7 @@ def bind(
     some = f"{len(there)} of {len(done.plan.cases)}; the others were not finished when this was written"
     unfinished = {"Experiments": some} if len(there) < len(done.plan.cases) else {}
     about = {"profile": profile.name, "seeds": done.plan.seeds, "made": done.made, "reused": len(done.plan.jobs) - done.made,
-             **unfinished, "seconds": round(seconds), "store": str(done.plan.store.root), "out": str(out)}
+             **unfinished, "seconds": round(seconds), "store": str(done.plan.store.where), "out": str(out)}
     names = list(settings_of(Profile(name="")))
     differences = [*DIFFERENCES, *against_paper(profile), *(f"Left out: {n}: {why}." for n, why in done.left_out.items())]
     return write_html_report(out / "report.html", folder=out, experiments=pages, configuration=settings_of(profile),
@@ -204,7 +207,8 @@ def write_calls(
     "Write down what was asked for, so that the predictions behind the tables are found again; files and folders are told from `out`."
     file, profile = out / CALLS, user_path(call["profile"])
     call["profile"] = Path(os.path.relpath(profile.resolve(), out)).as_posix() if profile.is_file() else call["profile"]
-    call["store"] = Path(os.path.relpath(done.plan.store.root, out)).as_posix()
+    store = done.plan.store
+    call["store"] = store.where if isinstance(store, RemoteStore) else Path(os.path.relpath(store.root, out)).as_posix()
     there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return write_whole(file, {**there, **dict.fromkeys(done.plan.cases, call)})
 
@@ -234,7 +238,7 @@ class Presentation:
         plan = self.done.plan
         for name in [n for n, jobs in self.waiting.items() if not jobs]:
             del self.waiting[name]
-            if all(plan.store.has(job.artifact) for job in plan.goals[name].values()):
+            if len(plan.goals[name]) == len(plan.store.there(job.artifact for job in plan.goals[name].values())):
                 self.show(name, plan.goals[name])
 
     def notebook_done(self, name: str, error: str | None):
@@ -248,12 +252,22 @@ class Presentation:
         self.bar.say(f"{in_words(self.bar.passed):>8}  {name}: {f'failed: {error}' if error else shown_in(name, self.out)}")
 
 # %% ../nbs/18_experiments.ipynb #a9b66b45
+def _places(where):
+    "The store of a reproduction, the same from every folder and process, and the usual folder for what comes out."
+    if not isinstance(store := open_store(where), RemoteStore):
+        store = Store(store.root.resolve())
+        return store, store.root / "results"
+    if not store.shared:
+        raise ValueError(f"{store.where}: known to this process alone, and notebooks run in others; name a folder or another address")
+    return store, Path("runs") / "results"
+
+
 def reproduce(
     profile: str | Path = "toy",  # a profile's name or file
     *, only: Iterable[str] | None = None,  # experiments; None: all that the profile can have
     seeds: int | None = None,  # how many of the paper's seeds; None: the profile's number
-    out: str | Path | None = None,  # folder of tables, figures and notebooks; None: STORE/results/PROFILE
-    store: str | Path | None = None,  # folder of artifacts; None: runs
+    out: str | Path | None = None,  # folder of tables, figures and notebooks; None: results/PROFILE in the store's folder, or in runs
+    store: str | Path | None = None,  # folder of artifacts, or an address such as s3://bucket/runs; None: runs
     settings: dict[str, Any] | None = None,  # {dotted name: value} over the profile
     aggregation: str = "mean",  # of seeds: mean, or published
     workers: int | None = None,
@@ -264,10 +278,10 @@ def reproduce(
 
     Raises `ValueError` for anything unknown before it starts.
     """
-    store = user_path(store or "runs").resolve()
+    store, results = _places(store or "runs")
     NotebookParameters(aggregation=aggregation)
     plan, left_out = make_plan(profile, only, seeds=seeds, settings=settings, store=store)
-    workers, out = n_workers(workers, plan.profile.run.threads), user_path(out or store / "results" / plan.profile.name).resolve()
+    workers, out = n_workers(workers, plan.profile.run.threads), user_path(out or results / plan.profile.name).resolve()
     done = Reproduction(plan, left_out=left_out, made=len(plan.missing))
     out.mkdir(parents=True, exist_ok=True)
     if shareable:  # it would name folders; so would the one of a run before
@@ -276,7 +290,7 @@ def reproduce(
         write_calls(done, out, profile=str(profile), settings=dict(settings or {}), seeds=seeds)
     if progress:
         print(summary(plan, workers), file=sys.stderr)
-    parameters = {"profile": str(profile), "settings": dict(settings or {}), "seeds": seeds, "store": str(store), "out": str(out),
+    parameters = {"profile": str(profile), "settings": dict(settings or {}), "seeds": seeds, "store": str(store.where), "out": str(out),
                   "aggregation": aggregation, "faces": not shareable}
     with work_bar(plan, workers, progress, plan.goals) as bar:
         shown = Presentation(done, out, settings or {}, bar)
