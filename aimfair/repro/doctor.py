@@ -383,7 +383,7 @@ def diagnose(
 ) -> Diagnosis:
     """What a profile needs and what of it is there: data, generator, prompts, weights, packages, device, disk and time.
 
-    Needs no data and no weights, asks nothing of the network but what is in a store at an address, and writes nothing. Raises `ValueError`
+    Needs no data and no weights, asks nothing of the network but what is in a store at an address, and makes nothing. Raises `ValueError`
     for an unknown profile or setting.
     """
     profile = profile if isinstance(profile, Profile) else load_profile(profile, settings)

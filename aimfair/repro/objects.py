@@ -24,7 +24,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
-from ..core import one_line, unknown, write_whole
+from ..core import did_you_mean, write_whole
 
 # %% ../../nbs/17_repro/02_objects.ipynb #85dd3801
 def is_address(
@@ -68,7 +68,7 @@ def _in_one_line(error, address):
     "The error that a user is told; None for one that says enough, or is a fault of the program."
     if str(error).startswith(address):  # told already
         return None
-    said, kinds = without_secrets(one_line(error)).rstrip("."), {kind.__name__ for kind in type(error).__mro__}
+    said, kinds = without_secrets(" ".join(str(error).split()))[:300].rstrip("."), {kind.__name__ for kind in type(error).__mro__}
     protocol = address.partition("://")[0]
     if isinstance(error, ImportError):
         name = _package(protocol, error)
@@ -146,9 +146,12 @@ class Objects:
         self.address = checked_address(address)
         self.protocol = self.address.partition("://")[0]
         if self.protocol not in known_implementations:
-            raise ValueError(f"{self.address}: {unknown('protocol', self.protocol, known_implementations)}")
+            hint = did_you_mean(self.protocol, known_implementations) or ";"
+            raise ValueError(f"{self.address}: no protocol {self.protocol!r}{hint} there are s3, gs, abfs, file, and others that fsspec knows")
         with told_of(self.address):
             self.fs, self.root = url_to_fs(self.address)
+        if not self.root.strip("/"):
+            raise ValueError(f"{self.address}: names no bucket and no folder; write for example s3://bucket/runs")
         self.folder = Path(self.root) if isinstance(self.fs, LocalFileSystem) else None  # where it is one
         if self.folder:
             self.address = f"file://{self.folder.as_posix()}"  # the same from everywhere
@@ -159,7 +162,11 @@ class Objects:
 
     def read(self, name: str) -> bytes | None:  # None where there is no such file
         "A file's content. Raises `FileNotFoundError` where the bucket is missing."
-        with tempfile.TemporaryDirectory() as folder:
+        if self.folder:
+            with suppress(FileNotFoundError):
+                return (self.folder / name).read_bytes()
+            return None
+        with tempfile.TemporaryDirectory() as folder:  # to copy a file takes fewer requests than to open it
             file = Path(folder) / "content"
             return file.read_bytes() if self.fetch(name, file) else None
 
