@@ -229,6 +229,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'aimfair.core._brace': ('core.html#_brace', 'aimfair/core.py'),
                               'aimfair.core._complaints': ('core.html#_complaints', 'aimfair/core.py'),
                               'aimfair.core._in_kernel': ('core.html#_in_kernel', 'aimfair/core.py'),
+                              'aimfair.core._package': ('core.html#_package', 'aimfair/core.py'),
                               'aimfair.core._switch_bars': ('core.html#_switch_bars', 'aimfair/core.py'),
                               'aimfair.core._toml': ('core.html#_toml', 'aimfair/core.py'),
                               'aimfair.core.append_lines': ('core.html#append_lines', 'aimfair/core.py'),

@@ -24,6 +24,7 @@ import uuid
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import import_module, resources
 from io import BytesIO
 from pathlib import Path
@@ -313,9 +314,14 @@ def file_digest(
     return h.hexdigest()[:length]
 
 # %% ../nbs/00_core.ipynb #c00553fd
+@lru_cache
+def _package() -> Path:
+    return Path(str(resources.files("aimfair")))
+
+
 def asset(name: str) -> Path:
     "A file or folder that ships with the package."
-    return Path(str(resources.files("aimfair"))) / "assets" / name
+    return _package() / "assets" / name
 
 
 def cores() -> int:

@@ -147,7 +147,7 @@ class Objects:
         self.protocol = self.address.partition("://")[0]
         if self.protocol not in known_implementations:
             hint = did_you_mean(self.protocol, known_implementations) or ";"
-            raise ValueError(f"{self.address}: no protocol {self.protocol!r}{hint} there are s3, gs, abfs, file, and others that fsspec knows")
+            raise ValueError(f"{self.address}: no protocol {self.protocol!r}{hint} there are s3, gs, abfs, file, and others of fsspec")
         with told_of(self.address):
             self.fs, self.root = url_to_fs(self.address)
         if not self.root.strip("/"):

@@ -126,7 +126,9 @@ def _made(final, artifact, make, cost):
 
 
 def _note(folder, about):
-    (folder / "artifact.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    aside = folder.with_name(f"{folder.name}.json")  # not in the folder, which holds nothing but the artifact
+    aside.write_text(json.dumps(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(aside, folder / "artifact.json")
 
 # %% ../../nbs/17_repro/02_store.ipynb #938de197
 _FOUND = re.compile(r"([0-9a-f]{16})\.json")  # the name of a manifest
