@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from aimfair.experiments import EXPERIMENTS, METHODS, STRATEGIES, from_notebook, make_plan, reproduce, results, run
 from aimfair.groups import group_sizes
 from aimfair.repro import (
-    Artifact,
     Edit,
     Executor,
     FineTune,

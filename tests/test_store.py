@@ -142,6 +142,24 @@ class TestAddresses:
         assert list(stored(store)["s"]) == [ONE.hash] and stored(store)["s"][ONE.hash] == json.loads(
             (store.path(ONE) / "artifact.json").read_text())
 
+    def test_files_may_be_called_anything(self, address, tmp_path):
+        names = ["a b.txt", "ü/ß.txt", "x#1.txt", "50%.txt", "a+b&c=d.txt", "[0]*{1}.txt", "~/.hidden"] + ["q?.txt"] * (os.name != "nt")
+
+        def make(folder):
+            for name in names:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(name)
+
+        first = machines.read(RemoteStore(address, copies=tmp_path / "a").get(ONE, make))
+        assert set(first) == {*names, "artifact.json"}
+        assert machines.read(RemoteStore(address, copies=tmp_path / "b").get(ONE, never)) == first
+
+    def test_a_copy_that_was_cleared_away_is_fetched_again(self, memory, tmp_path):
+        store = RemoteStore(memory, copies=tmp_path)
+        files = made(store)
+        (store.path(ONE) / "artifact.json").unlink()
+        assert machines.read(RemoteStore(memory, copies=tmp_path).get(ONE, never)) == files
+
     def test_a_folder_can_be_a_store_and_an_address_at_once(self, tmp_path):
         local, far = Store(tmp_path), RemoteStore(f"file://{tmp_path}", copies=tmp_path / "copies")
         assert made(local)[machines.MAKER[0]] != made(far)[machines.MAKER[0]]
@@ -161,7 +179,7 @@ class TestAddresses:
         store = open_store("file://far/")
         assert store.where == f"file://{tmp_path}/far" and open_store(store) is store
         files = made(store)
-        assert store.root.parent == tmp_path / "cache" / "stores"
+        assert store.root.parent == tmp_path / "cache" / "stores" and store.has(ONE)
         assert machines.read(open_store(store.where).get(ONE, never)) == files
         assert open_store(tmp_path).where == tmp_path and open_store("~/runs").where == Path("~/runs").expanduser()
 

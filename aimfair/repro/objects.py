@@ -189,10 +189,10 @@ class Objects:
                 try:
                     self.fs.pipe_file(self.at(name), content, mode="create")
                     return True
-                except OSError as error:
+                except Exception as error:  # each package has its own; what is there decides
                     if (there := self.read(name)) is not None:
                         return there == content
-                    if pause is None or isinstance(error, PermissionError | FileNotFoundError | ConnectionError | TimeoutError):
+                    if pause is None or isinstance(error, PermissionError | FileNotFoundError) or not isinstance(error, OSError):
                         raise
                     time.sleep(pause)  # two who met: neither is there yet
 

@@ -6,6 +6,7 @@
 __all__ = ['Artifact', 'Store', 'Shelf', 'take', 'RemoteStore', 'open_store', 'stored', 'status', 'Work', 'Job', 'reach']
 
 # %% ../../nbs/17_repro/02_store.ipynb #003bd881
+import atexit
 import json
 import os
 import platform
@@ -18,14 +19,14 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
 from filelock import FileLock
 
-from ..core import DataError, DataWarning, digest, file_digest, listed, user_path
+from ..core import DataError, DataWarning, digest, file_digest, listed, put_in_place, user_path
 from ..data.images import cache_folder, writable
 from .objects import Lease, Objects, at_once, is_address, lease_seconds
 
@@ -145,6 +146,11 @@ def _is(file, size, sha256):
     return file.is_file() and file.stat().st_size == size and file_digest(file, length=64) == sha256
 
 
+def _noted(said: dict) -> dict:
+    "What a manifest notes of the artifact itself."
+    return {name: value for name, value in said.items() if name not in ("attempt", "files")}
+
+
 def _parsed(manifest: bytes) -> dict:
     "A manifest; an empty one where it cannot be read, or names a file outside of its folder."
     try:
@@ -228,7 +234,7 @@ def take(
         said = _parsed(manifest)
         folder = work / said.get("attempt", "")
         if said and not (wrong := _wrong(shelf, artifact, said, folder)):
-            _note(folder, {name: value for name, value in said.items() if name not in ("attempt", "files")})
+            _note(folder, _noted(said))
             return folder
         if shelf.manifest(artifact) == manifest:  # nobody else has mended it
             what = listed(wrong, 3) if said else "its manifest"
@@ -241,6 +247,14 @@ def take(
     return None
 
 # %% ../../nbs/17_repro/02_store.ipynb #d7b3f8e4
+@lru_cache
+def _of_this_process():
+    "A folder for copies of what is in memory, and as short-lived."
+    folder = tempfile.mkdtemp(prefix="aimfair-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 class RemoteStore(Store):
     "Artifacts at an address, shared by machines; each has copies of what it made or asked for."
 
@@ -251,10 +265,7 @@ class RemoteStore(Store):
     ):
         self.objects = Objects(where)
         self.shelf, self.shared, self._seen = Shelf(self.objects), self.objects.protocol != "memory", set()
-        if copies is None and not self.shared:
-            self._temporary = tempfile.TemporaryDirectory()  # as short-lived as the store
-            copies = self._temporary.name
-        self._copies = copies
+        self._copies = _of_this_process() if copies is None and not self.shared else copies
 
     @property
     def where(self) -> str:
@@ -287,7 +298,7 @@ class RemoteStore(Store):
         return {a.hash for a in artifacts if a.hash in self._seen or (self.shelf.id and self.here(a))}
 
     def about(self, artifact: Artifact) -> dict[str, Any]:
-        return super().about(artifact) if self.here(artifact) else _parsed(self.shelf.manifest(artifact) or b"")
+        return super().about(artifact) if self.here(artifact) else _noted(_parsed(self.shelf.manifest(artifact) or b""))
 
     def _bring(self, artifact, make, cost):
         final = self.path(artifact)
@@ -296,7 +307,7 @@ class RemoteStore(Store):
             lease = Lease(self.objects, f"{artifact.stage}/leases/{artifact.hash}", holder, lease_seconds())
             with lease.held(unless=lambda: self.shelf.manifest(artifact) is not None):
                 folder = take(self.shelf, artifact, work) or _shared(self.shelf, artifact, work, lambda: _made(final, artifact, make, cost))
-        os.replace(folder, final)
+        put_in_place(folder, final, overwrite=True)  # of a copy that was cleared away, something may be left
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(final.with_name(f"{artifact.hash}.partial"), ignore_errors=True)  # begun before others were faster
         self._seen.add(artifact.hash)
@@ -329,13 +340,18 @@ def _size(folder):
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
+def _begun(root):
+    "{(stage, hash): folder} of what is not finished, or not shared yet."
+    folders = [folder for kind in ("partial", "shared") for folder in root.glob(f"*/*.{kind}")]
+    return {(folder.parent.name, folder.stem): folder for folder in folders if not folder.with_suffix("").is_dir()}
+
+
 def _near(root, sizes):
     "Stage, hash, what is noted (nothing of what is unfinished) and bytes of all artifacts in a folder."
-    for file in sorted(root.glob("*/*/artifact.json")):
-        yield file.parent.parent.name, file.parent.name, json.loads(file.read_text(encoding="utf-8")), sizes and _size(file.parent)
-    for folder in root.glob("*/*.partial"):
-        if not folder.with_suffix("").is_dir():
-            yield folder.parent.name, folder.stem, {}, sizes and _size(folder)
+    for file in root.glob("*/*/artifact.json"):
+        if not file.parent.suffix:  # one that ends with .partial waits for its name
+            yield file.parent.parent.name, file.parent.name, json.loads(file.read_text(encoding="utf-8")), sizes and _size(file.parent)
+    yield from ((*it, {}, sizes and _size(folder)) for it, folder in _begun(root).items())
 
 
 def _far(store, sizes):
@@ -346,12 +362,11 @@ def _far(store, sizes):
     found = [(stage, hash) for stage in stages for hash in store.shelf.hashes(stage)]
     manifests = at_once(lambda it: _parsed(store.objects.read("{}/{}.json".format(*it)) or b""), found, most=32)
     for (stage, hash), said in zip(found, manifests, strict=True):
-        files, _ = said.pop("files", {}), said.pop("attempt", "")
-        yield stage, hash, said, sum(size for size, _ in files.values())
+        yield stage, hash, _noted(said), sum(size for size, _ in said.get("files", {}).values())
     begun = {(stage, name.split(".")[0]) for stage in stages for part in ("files", "leases")
              for name in store.objects.names(f"{stage}/{part}")}
-    near = {(stage, hash): size for stage, hash, about, size in _near(store.root, sizes) if not about}
-    yield from ((*it, {}, near.get(it, 0)) for it in sorted({*begun, *near} - {*found}))
+    near = _begun(store.root)
+    yield from ((*it, {}, _size(near[it]) if sizes and it in near else 0) for it in {*begun, *near} - {*found})
 
 
 def _listing(store, sizes=False):
