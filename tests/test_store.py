@@ -260,6 +260,22 @@ class TestDamage:
             assert made(RemoteStore(memory, copies=tmp_path / "b")) == files
 
 
+    def test_a_machine_that_cannot_copy_takes_nothing_away(self, address, tmp_path, monkeypatch):
+        files, fetch = made(RemoteStore(address, copies=tmp_path / "a")), Objects.fetch
+
+        def on_a_bad_disk(self, name, file):
+            found = fetch(self, name, file)
+            if "images" in name:
+                file.write_bytes(file.read_bytes()[:-1] + b"?")
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Objects, "fetch", on_a_bad_disk)
+            with pytest.raises(OSError, match="which is right; is this disk sound"):
+                made(RemoteStore(address, copies=tmp_path / "bad"))
+        assert made(RemoteStore(address, copies=tmp_path / "b")) == files
+
+
 def both_at_once(stores):
     "Two stores are asked for the same artifact, and both make it; the files of each."
     ready, found = threading.Barrier(2), [None, None]

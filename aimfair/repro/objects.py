@@ -7,6 +7,7 @@ __all__ = ['LONGEST', 'is_address', 'without_secrets', 'checked_address', 'told_
            'Lease']
 
 # %% ../../nbs/17_repro/02_objects.ipynb #45078705
+import hashlib
 import json
 import os
 import re
@@ -212,6 +213,17 @@ class Objects:
                     raise
                 return False
             return True
+
+    def facts(self, name: str) -> tuple[int, str] | None:  # bytes and SHA-256; None where there is no such file
+        "What a file is there, whatever becomes of copies: it is read in pieces, and kept nowhere."
+        size, sum_ = 0, hashlib.sha256()
+        self.fs.invalidate_cache()
+        with told_of(self.address), suppress(FileNotFoundError), self.fs.open(self.at(name), "rb") as f:
+            while block := f.read(1 << 22):
+                size += len(block)
+                sum_.update(block)
+            return size, sum_.hexdigest()
+        return None
 
     def names(self, folder: str = "") -> list[str]:
         "Names of files and folders right below a folder; none where there is no such folder."

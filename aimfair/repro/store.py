@@ -213,16 +213,20 @@ class Shelf:
         self.objects.remove(f"{artifact.stage}/files/{artifact.hash}/{attempt}", folder=True)
 
 # %% ../../nbs/17_repro/02_store.ipynb #e6c57712
-def _wrong(shelf, artifact, said, folder):
-    "Copies files that are not in the folder; names of those that cannot be had as the manifest has them."
-    def is_wrong(name):
+def _damaged(shelf, artifact, said, folder):
+    "Copies files that are not in the folder; names of those that are not there as the manifest has them. Raises `OSError` for a bad disk."
+    def is_damaged(name):
         file, facts = folder / name, said["files"][name]
         file.parent.mkdir(parents=True, exist_ok=True)
         far = f"{artifact.stage}/files/{artifact.hash}/{said['attempt']}/{name}"
-        return not (_is(file, *facts) or any(shelf.objects.fetch(far, file) and _is(file, *facts) for _ in range(2)))  # once may be the way
+        if _is(file, *facts) or any(shelf.objects.fetch(far, file) and _is(file, *facts) for _ in range(2)):  # once may be the way
+            return False
+        if shelf.objects.facts(far) == tuple(facts):  # who cannot copy must not take away what others can
+            raise OSError(f"{file}: a copy is not what is at {shelf.objects.address}/{far}, which is right; is this disk sound?")
+        return True
 
     folder.mkdir(parents=True, exist_ok=True)
-    return [name for name, bad in zip(said["files"], at_once(is_wrong, said["files"]), strict=True) if bad]
+    return [name for name, bad in zip(said["files"], at_once(is_damaged, said["files"]), strict=True) if bad]
 
 
 def take(
@@ -233,11 +237,11 @@ def take(
     while (manifest := shelf.manifest(artifact)) is not None:
         said = _parsed(manifest)
         folder = work / said.get("attempt", "")
-        if said and not (wrong := _wrong(shelf, artifact, said, folder)):
+        if said and not (damaged := _damaged(shelf, artifact, said, folder)):
             _note(folder, _noted(said))
             return folder
         if shelf.manifest(artifact) == manifest:  # nobody else has mended it
-            what = listed(wrong, 3) if said else "its manifest"
+            what = listed(damaged, 3) if said else "its manifest"
             warnings.warn(f"{shelf.objects.address}: artifact {artifact.stage}/{artifact.hash}: {what} is missing or damaged; it counts as "
                           "absent and is made again", DataWarning, stacklevel=2)
             shelf.objects.remove(f"{artifact.stage}/{artifact.hash}.json")
