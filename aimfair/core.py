@@ -24,6 +24,7 @@ import uuid
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import import_module, resources
 from io import BytesIO
 from pathlib import Path
@@ -299,7 +300,8 @@ def digest(
 def file_digest(
     path: str | Path,  # a file, or a folder: then over names and contents
     keep=lambda path: True,  # which files of a folder count, by their paths inside it
-) -> str:  # 16 hexadecimal digits
+    length: int = 16,  # of the result, at most 64
+) -> str:  # hexadecimal digits
     "SHA-256 over a file's content, or a folder's, read in pieces."
     path, h = Path(path), hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and keep(p.relative_to(path)))
@@ -309,12 +311,17 @@ def file_digest(
         with open(p, "rb") as f:
             while block := f.read(1 << 24):
                 h.update(block)
-    return h.hexdigest()[:16]
+    return h.hexdigest()[:length]
 
 # %% ../nbs/00_core.ipynb #c00553fd
+@lru_cache
+def _package() -> Path:
+    return Path(str(resources.files("aimfair")))
+
+
 def asset(name: str) -> Path:
     "A file or folder that ships with the package."
-    return Path(str(resources.files("aimfair"))) / "assets" / name
+    return _package() / "assets" / name
 
 
 def cores() -> int:

@@ -32,7 +32,7 @@ from .repro.progress import WorkBar
 from .repro.profiles import Profile, full_name, load_profile, paper_seeds, profiles, settings_of
 from .repro.results import Results, as_toml, choices_made
 from .repro.scheduler import Executor, InProcess, Processes, of_the_script, run_jobs
-from .repro.store import Store
+from .repro.store import RemoteStore, Store, open_store
 from .report import Section, plot_thresholds, threshold_curves, write_figure, write_html_report
 
 _all_ = ["COMPARISON", "EXPERIMENTS", "METHODS", "STRATEGIES", "Profile", "load_profile", "make_plan", "profiles"]
@@ -55,11 +55,14 @@ def executor_for(
             raise ClusterError(told)
         warnings.warn(f"computed in one process: {told}", stacklevel=2)
     if on:
+        if not plan.store.shared:
+            raise ClusterError(f"{plan.store.where} is in the memory of this process, where no node finds it; name another store")
         threads = plan.profile.run.threads
         with ray_cluster(on, cpus=workers * threads) as ray:
             yield OnRay(ray, threads)
     else:
-        yield Processes(min(workers, len(plan.missing))) if workers > 1 and not own else InProcess()
+        many = workers > 1 and plan.store.shared and not own
+        yield Processes(min(workers, len(plan.missing))) if many else InProcess()
 
 # %% ../nbs/18_experiments.ipynb #65bff9b6
 def compute(
@@ -72,9 +75,10 @@ def compute(
     "Make what a plan lacks."
     if not plan.missing:
         return {}
+    plan.store.prepare()  # before hours of work that could not be kept
     with executor_for(plan, workers, on) as executor:
         bar.workers = min(executor.workers, len(plan.missing))
-        return run_jobs(plan.missing, plan.seconds, plan.store.root, executor, advance, bar.begin, plan.waves)
+        return run_jobs(plan.missing, plan.seconds, plan.store.where, executor, advance, bar.begin, plan.waves)
 
 # %% ../nbs/18_experiments.ipynb #1fafcd15
 def work_bar(plan: Plan, workers: int, progress: bool, notebooks: Iterable[str] = ()) -> WorkBar:
@@ -105,7 +109,7 @@ def run(
     methods: Iterable[str] = STRATEGIES,
     *, seeds: int | None = None,  # how many of the paper's seeds; None: the profile's number
     settings: dict[str, Any] | None = None,  # {dotted name: value} over the profile
-    store: str | Path = "runs",
+    store: str | Path | Store = "runs",  # folder of artifacts, or an address such as s3://bucket/runs
     workers: int | None = None,  # processes; None: one a core on a CPU, one with a GPU
     on: str | None = None,  # "ray" or "ray=ADDRESS", a cluster; None: this machine
     progress: bool = True,
@@ -116,15 +120,15 @@ def run(
         if why := find_method(name).lacks(profile.protocol):
             raise ValueError(f"{name}: {why}")
     n_workers(workers, profile.run.threads)
-    plan = Plan(profile, {"": rows(methods)}, paper_seeds(seeds or profile.run.seeds), Store(store))
+    plan = Plan(profile, {"": rows(methods)}, paper_seeds(seeds or profile.run.seeds), open_store(store))
     return Results(plan, "", compute_or_raise(plan, workers, progress, on))
 
 # %% ../nbs/18_experiments.ipynb #980cb837
 def results(
     name: str,  # of `EXPERIMENTS`
     profile: str | Path | Profile = "toy",
-    *, seeds: int | None = None, settings: dict[str, Any] | None = None, store: str | Path = "runs", workers: int | None = None,
-    on: str | None = None, progress: bool = True,  # as in `run`
+    *, seeds: int | None = None, settings: dict[str, Any] | None = None, store: str | Path | Store = "runs",
+    workers: int | None = None, on: str | None = None, progress: bool = True,  # as in `run`
 ) -> Results:
     "Compute what is missing of an experiment, and return what came out. Errors as in `make_plan`."
     plan, left_out = make_plan(profile, [name], seeds=seeds, settings=settings, store=store)
@@ -253,7 +257,7 @@ def bind(
     some = f"{len(there)} of {len(done.plan.cases)}; the others were not finished when this was written"
     unfinished = {"Experiments": some} if len(there) < len(done.plan.cases) else {}
     about = {"profile": profile.name, "seeds": done.plan.seeds, "made": done.made, "reused": len(done.plan.jobs) - done.made,
-             **unfinished, "seconds": round(seconds), "store": str(done.plan.store.root), "out": str(out)}
+             **unfinished, "seconds": round(seconds), "store": str(done.plan.store.where), "out": str(out)}
     names = list(settings_of(Profile(name="")))
     differences = [*DIFFERENCES, *against_paper(profile), *(f"Left out: {n}: {why}." for n, why in done.left_out.items())]
     return write_html_report(out / "report.html", folder=out, experiments=pages, configuration=settings_of(profile),
@@ -271,7 +275,8 @@ def write_calls(
     "Write down what was asked for, so that the predictions behind the tables are found again; files and folders are told from `out`."
     file, profile = out / CALLS, user_path(call["profile"])
     call["profile"] = Path(os.path.relpath(profile.resolve(), out)).as_posix() if profile.is_file() else call["profile"]
-    call["store"] = Path(os.path.relpath(done.plan.store.root, out)).as_posix()
+    store = done.plan.store
+    call["store"] = store.where if isinstance(store, RemoteStore) else Path(os.path.relpath(store.root, out)).as_posix()
     there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return write_whole(file, {**there, **dict.fromkeys(done.plan.cases, call)})
 
@@ -301,7 +306,7 @@ class Presentation:
         plan = self.done.plan
         for name in [n for n, jobs in self.waiting.items() if not jobs]:
             del self.waiting[name]
-            if all(plan.store.has(job.artifact) for job in plan.goals[name].values()):
+            if len(plan.goals[name]) == len(plan.store.there(job.artifact for job in plan.goals[name].values())):
                 self.show(name, plan.goals[name])
 
     def notebook_done(self, name: str, error: str | None):
@@ -315,12 +320,22 @@ class Presentation:
         self.bar.say(f"{in_words(self.bar.passed):>8}  {name}: {f'failed: {error}' if error else shown_in(name, self.out)}")
 
 # %% ../nbs/18_experiments.ipynb #a9b66b45
+def _places(where):
+    "The store of a reproduction, the same from every folder and process, and the usual folder for what comes out."
+    if not isinstance(store := open_store(where), RemoteStore):
+        store = Store(store.root.resolve())
+        return store, store.root / "results"
+    if not store.shared:
+        raise ValueError(f"{store.where}: known to this process alone, and notebooks run in others; name a folder or another address")
+    return store, Path("runs") / "results"
+
+
 def reproduce(
     profile: str | Path = "toy",  # a profile's name or file
     *, only: Iterable[str] | None = None,  # experiments; None: all that the profile can have
     seeds: int | None = None,  # how many of the paper's seeds; None: the profile's number
-    out: str | Path | None = None,  # folder of tables, figures and notebooks; None: STORE/results/PROFILE
-    store: str | Path | None = None,  # folder of artifacts; None: runs
+    out: str | Path | None = None,  # folder of tables, figures and notebooks; None: results/PROFILE in the store's folder, or in runs
+    store: str | Path | None = None,  # folder of artifacts, or an address such as s3://bucket/runs; None: runs
     settings: dict[str, Any] | None = None,  # {dotted name: value} over the profile
     aggregation: str = "mean",  # of seeds: mean, or published
     workers: int | None = None,  # processes; None: one a core on a CPU, one with a GPU
@@ -332,12 +347,12 @@ def reproduce(
 
     Raises `ValueError` for anything unknown before it starts.
     """
-    store = user_path(store or "runs").resolve()
+    store, results = _places(store or "runs")
     NotebookParameters(aggregation=aggregation)
     if on:
         ray_address(on)
     plan, left_out = make_plan(profile, only, seeds=seeds, settings=settings, store=store)
-    workers, out = n_workers(workers, plan.profile.run.threads), user_path(out or store / "results" / plan.profile.name).resolve()
+    workers, out = n_workers(workers, plan.profile.run.threads), user_path(out or results / plan.profile.name).resolve()
     done = Reproduction(plan, left_out=left_out, made=len(plan.missing))
     out.mkdir(parents=True, exist_ok=True)
     if shareable:  # it would name folders; so would the one of a run before
@@ -346,7 +361,7 @@ def reproduce(
         write_calls(done, out, profile=str(profile), settings=dict(settings or {}), seeds=seeds)
     if progress:
         print(summary(plan, workers), file=sys.stderr)
-    parameters = {"profile": str(profile), "settings": dict(settings or {}), "seeds": seeds, "store": str(store), "out": str(out),
+    parameters = {"profile": str(profile), "settings": dict(settings or {}), "seeds": seeds, "store": str(store.where), "out": str(out),
                   "aggregation": aggregation, "faces": not shareable}
     with work_bar(plan, workers, progress, plan.goals) as bar:
         shown = Presentation(done, out, settings or {}, bar)

@@ -1,4 +1,4 @@
-"The store, the profiles, plans and the reproduction: faults, kills, and the same numbers twice."
+"Profiles, plans and the reproduction: faults, kills, and the same numbers twice."
 import dataclasses
 import json
 import os
@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from aimfair.experiments import EXPERIMENTS, METHODS, STRATEGIES, from_notebook, make_plan, reproduce, results, run
 from aimfair.groups import group_sizes
 from aimfair.repro import (
-    Artifact,
     Edit,
     Executor,
     FineTune,
@@ -62,37 +61,6 @@ TINY = {"data.n": 80, "data.n_train": 200, "data.n_val": 40, "data.n_test": 80, 
         "baselines.maple.outer_steps": 1, "baselines.eiil.inference_steps": 50, "baselines.dfr.draws": 1,
         "baselines.dfr_synthetic.draws": 1, "run.tune": False, "run.resample": False}
 GENERATED = TINY | {"synthetic.kind": "generated", "synthetic.steps": 2}
-
-
-class TestStore:
-    def test_threads_that_ask_at_once_make_it_once(self, tmp_path):
-        made = []
-
-        def make(path):
-            made.append(1)
-            time.sleep(0.2)
-            (path / "x").write_text("1")
-
-        threads = [threading.Thread(target=Store(tmp_path).get, args=(Artifact("s"), make)) for _ in range(4)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-        assert len(made) == 1 and (Store(tmp_path).path(Artifact("s")) / "x").read_text() == "1"
-
-    def test_a_failed_stage_leaves_no_artifact(self, tmp_path):
-        store = Store(tmp_path)
-        with pytest.raises(ZeroDivisionError):
-            store.get(Artifact("s"), lambda path: 1 / 0)
-        assert not store.has(Artifact("s")) and status(store).state.tolist() == ["unfinished"]
-
-    def test_the_hash_does_not_depend_on_the_order_of_settings(self):
-        assert Artifact("s", {"a": 1, "b": 2}).hash == Artifact("s", {"b": 2, "a": 1}).hash
-        assert len({Artifact("s", {"a": v}).hash for v in (1, 2, "1", None, [1])}) == 5
-
-    def test_no_store_is_one_line(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="no artifact store"):
-            status(tmp_path / "gone")
 
 
 class TestProfiles:

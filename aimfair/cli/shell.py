@@ -24,7 +24,7 @@ from .errors import as_line, explain
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'prompts_app', 't2i_app', 'Settings', 'Store', 'Seed', 'Device', 'Style', 'Generator', 'spelt_out',
-           'any_terminal', 'main', 'option', 'ratio', 'require', 'choose', 'parse_settings']
+           'any_terminal', 'main', 'option', 'ratio', 'require', 'choose', 'parse_settings', 'store_place']
 
 # %% ../../nbs/21_cli/02_shell.ipynb #638bdf06
 _PLAIN = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False,
@@ -191,8 +191,18 @@ def parse_settings(
     return settings
 
 
+def store_place(
+    text: str,  # a folder, or an address such as s3://bucket/runs
+) -> str:
+    "The value of an option that names a store."
+    if "://" not in text and Path(text).is_file():
+        raise typer.BadParameter(f"{text!r} is a file; expected a folder, or an address such as s3://bucket/runs")
+    return text
+
+
 Settings = Annotated[list[str] | None, option("KEY=VALUE", "replace a setting; may be repeated", "--set")]
-Store = Annotated[Path | None, option("FOLDER", "folder of the artifact store; by default runs", file_okay=False)]
+Store = Annotated[str | None, option("FOLDER|URL", "folder of the artifact store, or its address, such as s3://bucket/runs; by default "
+                                     "runs", parser=store_place)]
 Seed = Annotated[int, option("N", "of all that is random")]
 Device = Annotated[str | None, option("NAME", "cpu, cuda or mps; by default the best there is")]
 Style = Annotated[str, option("NAME", "of the prompts: plain, contextual or contextual-pose")]

@@ -27,6 +27,7 @@ from ..pipeline import Debiased
 from ..repro.choices import ChooseK
 from ..repro.images import Images, ImageSets, names_in
 from ..repro.jobs import image_sets
+from ..repro.objects import is_address
 from ..repro.plan import Plan, make_plan
 from ..repro.results import Outcome, Results
 from ..synthesis import attempts
@@ -183,9 +184,9 @@ def of_saved(
 # %% ../../nbs/20_explore/01_sources.ipynb #e1ae5e42
 def _sets_of(plan, left_out=()):
     "Predictions of the experiments that are done, by experiment and variant."
-    sets = {}
+    sets, there = {}, plan.store.there(job.artifact for ends in plan.goals.values() for job in ends.values())
     for name in plan.cases:
-        complete = name in plan.goals and all(plan.store.has(job.artifact) for job in plan.goals[name].values())
+        complete = name in plan.goals and there.issuperset(plan.goals[name])
         if not complete or not any(c.method for c in plan.cases[name]):
             continue
         outcome = Outcome(plan, name, 0)
@@ -221,7 +222,7 @@ def _reproduced(title, sets, first):
         root = Path(path).parent.parent if path else None
         return root if root and (root / "synthesis.json").is_file() else None
 
-    faces = {label: lambda p=p, n=n: image_sets(Images.of(_protocol_of(p, n), p.seeds[0]), p.store.root).test
+    faces = {label: lambda p=p, n=n: image_sets(Images.of(_protocol_of(p, n), p.seeds[0]), p.store.where).test
              for label, (p, n, _) in sets.items()}
     return Explorable(title, {label: read for label, (_, _, read) in sets.items()}, names_in(Images.of(protocol)), faces_by_id(faces),
                       folder(), sensitivity, candidates)
@@ -234,8 +235,8 @@ def of_plan(
     "What plans lead to, as far as it is computed. Raises `FileNotFoundError` where nothing is."
     sets = {label: found for plan in plans for label, found in _sets_of(plan).items()}
     if not sets:
-        root = plans[0].store.root
-        raise FileNotFoundError(f"no experiment of this result is complete in {root}, where its predictions are kept; reproduce it again, "
+        where = plans[0].store.where
+        raise FileNotFoundError(f"no experiment of this result is complete in {where}, where its predictions are kept; reproduce it again, "
                                 "or bring the folder back")
     return _reproduced(title or f"Profile {plans[0].profile.name}", sets, next(iter(sets.values()))[:2])
 
@@ -251,8 +252,8 @@ def of_reproduction(
     plans = []
     for key, experiments in calls.items():
         call = json.loads(key)
-        store, profile = (home / call["store"]).resolve(), call["profile"]
-        if not store.is_dir():
+        store, profile = call["store"] if is_address(call["store"]) else (home / call["store"]).resolve(), call["profile"]
+        if isinstance(store, Path) and not store.is_dir():
             raise FileNotFoundError(f"{store}: no such folder; it is where the predictions behind {home.name} are kept")
         profile = str(home / profile) if profile.endswith(".toml") else profile
         plans.append(make_plan(profile, experiments, seeds=call["seeds"], settings=call["settings"], store=store)[0])

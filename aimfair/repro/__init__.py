@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/17_repro/00_repro.ipynb #5a516879
 from .profiles import *
+from .objects import *
 from .store import *
 from .images import *
 from .jobs import *

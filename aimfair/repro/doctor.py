@@ -23,7 +23,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..core import cores, in_words, user_path
+from ..core import cores, in_words
 from ..data import celeba, fairface, on_disk, utkface
 from ..device import pick_device
 from ..groups import biased_counts, biased_split
@@ -33,7 +33,7 @@ from .images import ABOUT_SYNTHETIC, CELEBA_SPLITS, Images, data_folder, groups_
 from .images import split_in_order
 from .plan import Plan, n_models
 from .profiles import DataSettings, ModelSettings, Profile, SyntheticSettings, changed, load_profile, paper_seeds
-from .store import Store
+from .store import RemoteStore, Store, open_store
 
 # %% ../../nbs/17_repro/10_doctor.ipynb #c469fe2d
 def _row(what, state, found, needed=""):
@@ -317,17 +317,19 @@ def _size(n):
 
 def disk_row(
     needed: dict[str, int],  # bytes by kind
-    store: str | Path,
+    store: str | Path | Store,
 ) -> dict:
-    "Whether the store's disk has room for what is still to come."
-    root = user_path(store).absolute()
+    "Whether the disk of the store, or of its copies, has room for what is still to come."
+    store = open_store(store)
+    root = store.disk.absolute()
     there = sum(f.stat().st_size for f in root.rglob("*") if f.is_file()) if root.is_dir() else 0
     place = next(p for p in (root, *root.parents) if p.is_dir())
     free, total = shutil.disk_usage(place).free, sum(needed.values())
     parts = ", ".join(f"{what} {_size(n)}" for what, n in needed.items())
     found = f"{_size(free)} free" + (f", {_size(there)} used by the store" if there else "")
     enough = free + there >= total
-    larger = "" if enough else "; name a folder on a larger disk: --store FOLDER"
+    how = "AIMFAIR_CACHE=FOLDER" if isinstance(store, RemoteStore) else "--store FOLDER"
+    larger = "" if enough else f"; name a folder on a larger disk: {how}"
     return _row("disk", "ok" if enough else "missing", found, f"{_size(total)} in all: {parts}{larger}")
 
 # %% ../../nbs/17_repro/10_doctor.ipynb #980b58af
@@ -362,22 +364,36 @@ def _plan_of(profile, methods, store):
         cases = {name: cases_of(profile, name)[0] for name, experiment in EXPERIMENTS.items() if not experiment.lacks(profile)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # images that are left out are told when they are used
-        return Plan(profile, cases, paper_seeds(profile.run.seeds), Store(store), check=False)
+        return Plan(profile, cases, paper_seeds(profile.run.seeds), store, check=False)
+
+
+def _store_rows(store):
+    "Whether a store at an address can be read."
+    if not isinstance(store, RemoteStore):
+        return []
+    found = "there" if store.shelf.id else "nothing there yet"
+    return [_row("store", "ok", f"{store.where}: {found}", f"copies on this machine: {store.disk}")]
 
 
 def diagnose(
     profile: str | Path | Profile = "paper",
-    store: str | Path = "runs",  # folder of the artifact store; need not be there
+    store: str | Path | Store = "runs",  # folder of the artifact store, or its address; need not be there
     *, settings: dict[str, Any] | None = None,  # {dotted name: value} over the profile
     methods: Iterable[str] | None = None,  # what is to be computed; None: all experiments
 ) -> Diagnosis:
     """What a profile needs and what of it is there: data, generator, prompts, weights, packages, device, disk and time.
 
-    Needs no data and no weights, asks nothing of the network and writes nothing. Raises `ValueError` for an unknown profile or setting.
+    Needs no data and no weights, asks nothing of the network but what is in a store at an address, and makes nothing. Raises `ValueError`
+    for an unknown profile or setting.
     """
     profile = profile if isinstance(profile, Profile) else load_profile(profile, settings)
     found = [*real_rows(profile.data), *variant_rows(profile), *synthetic_rows(profile), weights_row(profile.model), packages_row(profile),
              device_row(profile)]
+    try:
+        store = open_store(store)
+        found += _store_rows(store)
+    except (ValueError, ImportError, OSError) as error:
+        return Diagnosis(profile, pd.DataFrame([*found, _row("store", "missing", error)]))
     try:
         plan = _plan_of(profile, methods, store)
         found += [disk_row(disk_needed(plan), store), *time_rows(plan)]

@@ -33,7 +33,7 @@ from ..models import create_model, predicted_labels
 from .images import TRAINING_SETS, Images, ImageSets, balanced_synthetic, biased_synthetic, generator_identity, chosen_generator
 from .images import majority_of, names_in, prompts_of, set_sizes, weights_digest
 from .profiles import ModelSettings, Protocol
-from .store import Artifact, Job, Store, Work
+from .store import Artifact, Job, Store, Work, open_store
 from ..sensitivity import gradient_pass, make_mask, paper_k, sensitivity_table
 from ..synthesis import load_generator, resolve_config
 from ..training import Fitted, TrainConfig, fit, predict
@@ -42,10 +42,10 @@ from ..training import Fitted, TrainConfig, fit, predict
 @lru_cache(maxsize=32)
 def image_sets(
     images: Images,
-    root: Path,  # of the store
+    where: str | Path,  # the store, as `Store.where` has it
 ) -> ImageSets:
     "The image sets of a protocol, kept for further jobs of the same process; they are mapped, not held."
-    return ImageSets(images, Store(root))
+    return ImageSets(images, open_store(where))
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ProtocolJob(Job):
         return Artifact(self.stage, self.config, inputs, self.version)
 
     def faces(self, store: Store) -> ImageSets:
-        return image_sets(self.images, store.root)
+        return image_sets(self.images, store.where)
 
     def __getstate__(self):  # what was worked out stays at home
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}

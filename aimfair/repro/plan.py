@@ -22,7 +22,7 @@ from .choices import Tuned
 from .costs import expected_seconds
 from .images import Images, ImageSets, check_pool, forget_files
 from .profiles import Profile, Protocol, load_profile, paper_seeds
-from .store import Job, Store, reach, stored
+from .store import Job, Store, open_store, reach, stored
 
 # %% ../../nbs/17_repro/09_plan.ipynb #f6dce74f
 def check_images(images: Images) -> None:
@@ -78,7 +78,9 @@ class Plan:
             self.protocol(Case(""))  # what the profile itself lacks, every experiment lacks
         self.goals, self.impossible = goals_of(cases, self._ends)
         ends = {h: job for part in self.goals.values() for h, job in part.items()}
-        self.jobs, self.missing = reach(ends), reach(ends, lambda job: not store.has(job.artifact))
+        self.jobs = reach(ends)
+        there = store.there(job.artifact for job in self.jobs.values())
+        self.missing = reach(ends, lambda job: job.artifact.hash not in there)
 
     def protocol(self, case: Case) -> Protocol:
         "The protocol of a case. Raises `ValueError` or `FileNotFoundError` where there are too few images for it."
@@ -105,7 +107,7 @@ class Plan:
     @cached_property
     def seconds(self) -> dict[str, float]:
         "How long each job may take, on one worker."
-        return expected_seconds(self.jobs, self.profile.protocol, self.store)
+        return expected_seconds(self.jobs, self.profile.protocol, self.store, self.missing)
 
     @cached_property
     def waves(self) -> dict[str, int]:  # by hash
@@ -198,7 +200,7 @@ def make_plan(
     only: Iterable[str] | None = None,  # experiments; None: all that the profile can have
     *, seeds: int | None = None,  # how many of the paper's seeds; None: the profile's number
     settings: dict[str, Any] | None = None,  # {dotted name: value} over the profile
-    store: str | Path = "runs",  # folder of artifacts
+    store: str | Path | Store = "runs",  # folder of artifacts, or an address such as s3://bucket/runs
     check: bool = True,  # False plans also where images lack
 ) -> tuple[Plan, dict[str, str]]:  # the plan, and {what is left out: why}
     "What experiments need. Raises `ValueError` for anything unknown, or an experiment that was named and that the profile cannot have."
@@ -210,7 +212,8 @@ def make_plan(
         raise ValueError(f"{name}: {reason}")
     cases = {n: cases_of(profile, n) for n in names if n not in lacking}
     left_out = lacking | {f"{n}: {method}": why for n, (_, methods) in cases.items() for method, why in methods.items()}
-    return Plan(profile, {n: c for n, (c, _) in cases.items()}, paper_seeds(seeds or profile.run.seeds), Store(store), check), left_out
+    seeds = paper_seeds(seeds or profile.run.seeds)
+    return Plan(profile, {n: c for n, (c, _) in cases.items()}, seeds, open_store(store), check), left_out
 
 # %% ../../nbs/17_repro/09_plan.ipynb #b12d181d
 def _flat(config, prefix=""):
@@ -246,7 +249,7 @@ def reason(
 def why(
     profile: str | Path | Profile = "toy",
     only: Iterable[str] | None = None,  # experiments
-    *, seeds: int | None = None, settings: dict[str, Any] | None = None, store: str | Path = "runs",  # as in `make_plan`
+    *, seeds: int | None = None, settings: dict[str, Any] | None = None, store: str | Path | Store = "runs",  # as in `make_plan`
 ) -> pd.DataFrame:  # stage, hash, state (done, missing or unused), what, why
     "What an artifact is for, or why it would be made: needed by which experiments, unlike which artifact that is there, or no longer used."
     plan, _ = make_plan(profile, only, seeds=seeds, settings=settings, store=store)

@@ -130,7 +130,7 @@ class Results(Outcome):
 
     def sets(self, variant: str | None = None) -> ImageSets:
         "The image sets of the first case of a variant, for the first seed."
-        return image_sets(Images.of(self.protocols(variant)[0], self.seeds[0]), self.plan.store.root)
+        return image_sets(Images.of(self.protocols(variant)[0], self.seeds[0]), self.plan.store.where)
 
     def about(self, variant: str | None = None) -> dict[str, Any]:
         "On what the numbers rest, as `aimfair.report.table_note` takes it."
@@ -211,7 +211,7 @@ def _few(results, protocols):
     if len(set(map(_test_set, protocols))) > 1 or not any(c.method for c in results.cases):
         return []
     images = Images.of(protocols[0])
-    test = image_sets(images, results.plan.store.root).table("test")
+    test = image_sets(images, results.plan.store.where).table("test")
     return [*filter(None, [few_note({group_name(g): n for g, n in group_sizes(test).items()}, names_in(images))])]
 
 
@@ -232,10 +232,10 @@ def about(
     variant: str | None = None,  # None: all cases
 ) -> dict[str, Any]:  # as `aimfair.report.table_note` takes it
     "On what the numbers rest. Raises `ValueError` for an unknown variant."
-    protocols, root = results.protocols(variant), results.plan.store.root
+    protocols, store = results.protocols(variant), results.plan.store.where
 
     def n_test(protocol):
-        return len(image_sets(Images.of(protocol), root).table("test"))
+        return len(image_sets(Images.of(protocol), store).table("test"))
 
     images = [*_shared(protocols, lambda p: f"{p.data.n:,}", "{} biased training"),
               *_shared(protocols, lambda p: f"{n_test(p):,}", "{} test")]

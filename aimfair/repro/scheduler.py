@@ -25,7 +25,7 @@ from types import ModuleType
 import torch
 
 from ..baselines import BASELINES
-from .store import Job, Store
+from .store import Job, open_store
 
 # %% ../../nbs/17_repro/07_scheduler.ipynb #f775ab25
 def urgency(
@@ -48,12 +48,12 @@ def give_memory_back() -> None:
         getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
 
 
-def run_job(job: Job, root: Path) -> None:
-    "What an executor runs: one job, with the threads that it asks for, on the store at `root`."
+def run_job(job: Job, root: str | Path) -> None:
+    "What an executor runs: one job, with the threads that it asks for, on the store at `root`, a folder or an address."
     before = torch.get_num_threads()
     torch.set_num_threads(job.threads)
     try:
-        job.run(Store(root))
+        job.run(open_store(root))
     finally:
         torch.set_num_threads(before)
     give_memory_back()
