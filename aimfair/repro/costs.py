@@ -83,9 +83,12 @@ def generation_rate(
     return 1 / (effort / ASSUMED[device]["generate"] + OVERHEAD[device][1])
 
 # %% ../../nbs/17_repro/08_costs.ipynb #80afb960
-def assumed_rates(protocol: Protocol) -> dict[str, float]:  # {stage: seconds for a unit of its cost}
+def assumed_rates(
+    protocol: Protocol,
+    device: str | None = None,  # cuda, mps or cpu; None: the one that computes here
+) -> dict[str, float]:  # {stage: seconds for a unit of its cost}
     "Where nothing was measured yet."
-    device, s, denoise = pick_device().type, protocol.synthetic, 0.0
+    device, s, denoise = device or pick_device().type, protocol.synthetic, 0.0
     if s.kind == "generated":
         folder, _ = generator_folder(s)
         denoise = 1 / (generation_rate(s, device, folder) * (s.steps or recommended(folder)[0]))
@@ -110,9 +113,10 @@ def expected_seconds(
     jobs: Mapping[str, Job],  # all of a plan, by the hashes of their artifacts
     protocol: Protocol,
     store: Store,
+    device: str | None = None,  # another than the one that computes here: cuda, mps or cpu; what was measured here says nothing of it
 ) -> dict[str, float]:  # by hash, on one worker
     "How long each job may take: by what jobs of its stage took that are done, else by assumed rates."
-    rates = measured_rates(jobs, store)
+    rates = {} if device else measured_rates(jobs, store)
     if {job.stage for job in jobs.values()} - set(rates):
-        rates = assumed_rates(protocol) | rates
+        rates = assumed_rates(protocol, device) | rates
     return {h: job.work.cost * rates[job.stage] for h, job in jobs.items()}

@@ -58,7 +58,7 @@ def waves_of(
     "Which of some experiments needs each job first, by its number."
     first: dict[str, int] = {}
     for number, ends in enumerate(goals):
-        first = dict.fromkeys(reach(ends), number) | first
+        first |= dict.fromkeys(reach(ends, lambda job: job.artifact.hash not in first), number)
     return first
 
 # %% ../../nbs/17_repro/09_plan.ipynb #642b4ba1
