@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from aimfair.repro import (
     Artifact,
     Asks,
+    DrawCelebA,
     Executor,
     Job,
     Machines,
@@ -282,8 +283,22 @@ EXECUTORS = {"processes": lambda: Processes(2)}
 def timed_run(plan, executor: Executor) -> float:  # seconds until the last job is done
     "Make what a plan lacks, in truth."
     start, done = time.perf_counter(), []
-    assert run_jobs(plan.missing, plan.seconds, plan.store.root, executor, lambda h: done.append(time.perf_counter()), plan.waves) == {}
+    assert run_jobs(plan.missing, plan.seconds, plan.store.root, executor, lambda h: done.append(time.perf_counter()), waves=plan.waves) == {}
     return done[-1] - start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXECUTORS)
+def test_three_jobs_on_two_workers_take_two_turns(tmp_path, name):
+    "Where one worker idles in truth, it idles in the simulation: work by workers would be a quarter too little."
+    executor, draw = EXECUTORS[name](), by_hash([DrawCelebA(2000, 4, 4, seed, 48) for seed in (7, 8, 9)])
+    _, overhead = worker_costs(executor, 2, tmp_path)  # the workers are warm now
+    start, done = time.perf_counter(), []
+    assert run_jobs(draw, dict.fromkeys(draw, 1.0), tmp_path, executor, lambda h: done.append(time.perf_counter() - start)) == {}
+    noted = seconds_noted(draw, Store(tmp_path))
+    said = Simulated(Machines(gpus=0, cpus=2, startup=0, overhead=overhead), noted)
+    run_jobs(draw, dict.fromkeys(draw, 1.0), tmp_path, said)
+    assert what_ran(said).end.max() == pytest.approx(done[-1], rel=0.15)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
-from math import floor
+from math import ceil, floor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,8 +117,10 @@ def on_node(
     asks: Asks,  # or whatever else has cpus, gpus and memory
     cluster: Machines,
 ) -> Asks:
-    "What a job takes of a node: where there is no GPU, cores do all. Raises `ValueError` for more than a node has."
-    asks = Asks(max(1, asks.cpus), asks.gpus if cluster.gpus else 0, asks.memory)
+    """What a job takes of a node: where there is no GPU, cores do all; jobs that would share one come one after another, as they share its speed.
+
+    Raises `ValueError` for more than a node has."""
+    asks = Asks(max(1, ceil(asks.cpus)), ceil(asks.gpus) if cluster.gpus else 0, asks.memory)
     if asks.cpus > cluster.cpus or asks.gpus > cluster.gpus or asks.memory > cluster.memory:
         raise ValueError(f"a job asks for {asks.cpus} cores, {asks.gpus} GPUs and {asks.memory:.3g} bytes; "
                          f"a node has {cluster.cpus}, {cluster.gpus} and {cluster.memory:.3g}")
@@ -150,9 +152,9 @@ def least_seconds(
     "What the jobs take at least: all work shared by all workers, and the critical path."
     gpus = cpus = 0.0
     for h, job in jobs.items():
-        asked = asks(job)
+        asked = on_node(asks(job), cluster)
         gpus, cpus = gpus + seconds[h] * asked.gpus, cpus + seconds[h] * asked.cpus
-    shared = max(gpus / (cluster.nodes * cluster.gpus) if cluster.gpus else 0, cpus / (cluster.nodes * cluster.cpus))
+    shared = max(gpus / max(1, cluster.nodes * cluster.gpus), cpus / (cluster.nodes * cluster.cpus))
     return {"shared work": shared, "critical path": sum(seconds[h] for h in critical_path(jobs, seconds))}
 
 # %% ../../nbs/17_repro/15_scale.ipynb #f28ea626
@@ -308,7 +310,7 @@ class Simulated(Executor):
         asks: Callable[[Job], Asks] = asks_for,
     ):
         self.seconds, self.sizes, self.asks = seconds, sizes or {}, asks
-        self.slots, self.cluster = (1 + cluster.ahead) * cluster.workers, _Cluster(cluster)
+        self.workers, self.slots, self.cluster = cluster.workers, (1 + cluster.ahead) * cluster.workers, _Cluster(cluster)
         _expect_loss(self.cluster, np.random.default_rng([cluster.seed, 1]))
 
     def submit(self, job, root):
