@@ -21,3 +21,4 @@ from .results import *
 from .notebooks import *
 from .progress import *
 from .cluster import *
+from .scale import *

@@ -84,9 +84,12 @@ def generation_rate(
     return 1 / (effort / ASSUMED[device]["generate"] + OVERHEAD[device][1])
 
 # %% ../../nbs/17_repro/08_costs.ipynb #80afb960
-def assumed_rates(protocol: Protocol) -> dict[str, float]:  # {stage: seconds for a unit of its cost}
+def assumed_rates(
+    protocol: Protocol,
+    device: str | None = None,  # cuda, mps or cpu; None: the one that computes here
+) -> dict[str, float]:  # {stage: seconds for a unit of its cost}
     "Where nothing was measured yet."
-    device, s, denoise = pick_device().type, protocol.synthetic, 0.0
+    device, s, denoise = device or pick_device().type, protocol.synthetic, 0.0
     if s.kind == "generated":
         folder, _ = generator_folder(s)
         denoise = 1 / (generation_rate(s, device, folder) * (s.steps or recommended(folder)[0]))
@@ -115,9 +118,10 @@ def expected_seconds(
     protocol: Protocol,
     store: Store,
     missing: Collection[str] = (),  # hashes of which it is known that they are not in the store
+    device: str | None = None,  # cuda, mps or cpu: another than this machine's, of which nothing is measured; None: this machine's
 ) -> dict[str, float]:  # by hash, on one worker
     "How long each job may take: by what jobs of its stage took that are done, else by assumed rates."
-    rates = measured_rates({h: job for h, job in jobs.items() if h not in missing}, store)
+    rates = {} if device else measured_rates({h: job for h, job in jobs.items() if h not in missing}, store)
     if {job.stage for job in jobs.values()} - set(rates):
-        rates = assumed_rates(protocol) | rates
+        rates = assumed_rates(protocol, device) | rates
     return {h: job.work.cost * rates[job.stage] for h, job in jobs.items()}

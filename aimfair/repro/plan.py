@@ -57,8 +57,11 @@ def waves_of(
 ) -> dict[str, int]:  # by hash
     "Which of some experiments needs each job first, by its number."
     first: dict[str, int] = {}
+
+    def new(job): return job.artifact.hash not in first
+
     for number, ends in enumerate(goals):
-        first = dict.fromkeys(reach(ends), number) | first
+        first |= dict.fromkeys(reach(ends, new), number)
     return first
 
 # %% ../../nbs/17_repro/09_plan.ipynb #642b4ba1

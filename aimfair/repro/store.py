@@ -452,10 +452,12 @@ def reach(
     wanted: Callable[[Job], bool] = lambda job: True,
 ) -> dict[str, Job]:
     "Some jobs and all that they need, as far as they are wanted."
-    found, waiting = {}, list(jobs.values())
+    found, seen, waiting = {}, set(), list(jobs.values())
     while waiting:
         job = waiting.pop()
-        if job.artifact.hash not in found and wanted(job):
-            found[job.artifact.hash] = job
-            waiting += job.needs
+        if job.artifact.hash not in seen:  # asked once of each: the answer may be on a slow disk
+            seen.add(job.artifact.hash)
+            if wanted(job):
+                found[job.artifact.hash] = job
+                waiting += job.needs
     return found
