@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from aimfair.repro import (
     Artifact,
-    Asks,
     DrawCelebA,
     Executor,
     Job,
     Machines,
     Processes,
+    Resources,
     Simulated,
     Store,
     Work,
@@ -36,7 +36,7 @@ from aimfair.repro import (
     worker_costs,
 )
 
-BARE, ONE_GPU = {"startup": 0, "overhead": 0}, Asks(1, 1)
+BARE, ONE_GPU = {"startup": 0, "overhead": 0}, Resources(1, 1)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Link(Job):
     "A job of no kind: a link in a chain or a fan."
     name: str
     after: tuple = field(default=(), repr=False)
-    asked: Asks = ONE_GPU
+    asked: Resources = ONE_GPU
     stage, work = "link", Work(seen=1)
 
     @property
@@ -96,14 +96,14 @@ CLUSTERS = st.builds(
 
 
 class TestBounds:
-    @given(graphs([Asks(1, 1), Asks(1, 0), Asks(2, 0), Asks(2, 1)]), CLUSTERS)
+    @given(graphs([Resources(1, 1), Resources(1, 0), Resources(2, 0), Resources(2, 1)]), CLUSTERS)
     def test_no_cluster_is_faster_than_the_bounds_and_each_job_is_done_once(self, graph, cluster):
         jobs, seconds = graph
         attempts, least = fate(jobs, seconds, cluster), least_seconds(by_hash(jobs), seconds, cluster, asked)
         assert attempts.end.max() >= max(least.values()) - 1e-6
         assert sorted(attempts.hash[~attempts.lost]) == sorted(seconds)
 
-    @given(graphs([Asks(1, 1), Asks(1, 0), Asks(2, 1)]), CLUSTERS)
+    @given(graphs([Resources(1, 1), Resources(1, 0), Resources(2, 1)]), CLUSTERS)
     def test_nothing_starts_before_its_needs_and_no_node_gives_more_than_it_has(self, graph, cluster):
         jobs, seconds = graph
         attempts, known = list(fate(jobs, seconds, cluster).itertuples()), by_hash(jobs)
@@ -161,7 +161,7 @@ class TestByHand:
         assert 0.04 < (attempts.slowness > 1).mean() < 0.16
 
     def test_memory_keeps_jobs_apart(self):
-        jobs = [Link(f"{i}", asked=Asks(1, 1, memory=6)) for i in range(2)]
+        jobs = [Link(f"{i}", asked=Resources(1, 1, memory=6)) for i in range(2)]
         one, other = (fate(jobs, times(jobs, [10, 10]), Machines(gpus=2, memory=m, **BARE)).end.max() for m in (11, 12))
         assert (one, other) == (20, 10)
 
@@ -186,7 +186,7 @@ class TestByHand:
 
     def test_a_job_that_no_node_can_take_is_an_error_at_once(self):
         with pytest.raises(ValueError, match="asks for 9 cores, 0 GPUs"):
-            fate([Link("wide", asked=Asks(9))], times([Link("wide")], [1]), Machines())
+            fate([Link("wide", asked=Resources(9))], times([Link("wide")], [1]), Machines())
 
     def test_a_job_that_never_ends_is_an_error(self):
         with pytest.raises(RuntimeError, match="never ends"):
@@ -283,7 +283,8 @@ EXECUTORS = {"processes": lambda: Processes(2)}
 def timed_run(plan, executor: Executor) -> float:  # seconds until the last job is done
     "Make what a plan lacks, in truth."
     start, done = time.perf_counter(), []
-    assert run_jobs(plan.missing, plan.seconds, plan.store.root, executor, lambda h: done.append(time.perf_counter()), waves=plan.waves) == {}
+    failed = run_jobs(plan.missing, plan.seconds, plan.store.where, executor, lambda h: done.append(time.perf_counter()), waves=plan.waves)
+    assert failed == {}
     return done[-1] - start
 
 

@@ -59,7 +59,7 @@ def drawing_memory(synthetic: SyntheticSettings) -> int:  # bytes
 # %% ../../nbs/17_repro/14_cluster.ipynb #2e6431f1
 class Resources(NamedTuple):
     "What a job asks of a node."
-    cpus: float  # cores
+    cpus: float = 1  # cores
     gpus: float = 0.0  # of one GPU: of 0.25 four share one
     memory: int = 0  # bytes of main memory
 
