@@ -117,7 +117,7 @@ def on_node(
     asks: Asks,  # or whatever else has cpus, gpus and memory
     cluster: Machines,
 ) -> Asks:
-    """What a job takes of a node: where there is no GPU, cores do all; jobs that would share one come one after another, as they share its speed.
+    """What a job takes of a node: where there is no GPU, cores do all; jobs that could share one follow each other.
 
     Raises `ValueError` for more than a node has."""
     asks = Asks(max(1, ceil(asks.cpus)), ceil(asks.gpus) if cluster.gpus else 0, asks.memory)
