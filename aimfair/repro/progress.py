@@ -58,7 +58,7 @@ class WorkBar:
         images: Mapping[str, float] | None = None,  # that jobs handle; None: nothing is said of them
     ):
         self.forecast, self.workers, self.start = Forecast(seconds, stages or dict.fromkeys(seconds, "")), workers, time.perf_counter()
-        self.images, self.running = images or {}, set()
+        self.images, self.running, self.shown = images or {}, set(), 0.0
         self.quiet, self.lock = not progress or not seconds, threading.Lock()
         self.bar = progress_bar(total=1.0, disable=self.quiet, bar_format="{percentage:3.0f} %|{bar}| {elapsed}{postfix}")
         self._show()
@@ -92,7 +92,10 @@ class WorkBar:
                 + f", {seen / self.passed:.0f} images/s" * (seen > 0))
 
     def _show(self):
-        left, passed = self.forecast.left() / self.workers, self.passed
+        passed = self.passed
+        if self.quiet or passed < self.shown + 0.1 and self.done < len(self.forecast.seconds):  # a forecast looks at all jobs
+            return
+        left, self.shown = self.forecast.left() / self.workers, passed
         self.bar.set_postfix_str(f"about {in_words(left)} left, {self.state}", refresh=False)
         self.bar.update(max(0.0, passed / max(passed + left, 1e-9) - self.bar.n))  # it never goes back
 
