@@ -3546,6 +3546,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                 'aimfair/training/ranks.py'),
                                         'aimfair.training.ranks._device_of': ( '10_training/ranks.html#_device_of',
                                                                                'aimfair/training/ranks.py'),
+                                        'aimfair.training.ranks._meet': ('10_training/ranks.html#_meet', 'aimfair/training/ranks.py'),
+                                        'aimfair.training.ranks._store': ('10_training/ranks.html#_store', 'aimfair/training/ranks.py'),
                                         'aimfair.training.ranks._together': ( '10_training/ranks.html#_together',
                                                                               'aimfair/training/ranks.py'),
                                         'aimfair.training.ranks._wide': ('10_training/ranks.html#_wide', 'aimfair/training/ranks.py'),

@@ -170,9 +170,11 @@ ALSO = [each_once, other_seeds, refusals]
 def take_part(folder, *names):
     "What one of several processes does."
     torch.set_num_threads(1)
-    with distributed("cpu", timeout=60) as ranks:
-        made = {name: globals()[name]() for name in names}
-        torch.save(made, Path(folder) / f"{ranks.rank}.pt")
+    made = {}
+    for name in names:
+        with distributed("cpu", timeout=60) as ranks:
+            made[name] = globals()[name]()
+    torch.save(made, Path(folder) / f"{ranks.rank}.pt")
 
 
 def start(n, *words, program=(__file__,), **options):

@@ -13,6 +13,8 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -195,6 +197,21 @@ def _device_of(device, local):
                          "processes as GPUs, or name cpu")
     return torch.device("cuda", local)
 
+
+@cache
+def _store(): return next(dist.rendezvous("env://"))[0]  # where processes find each other's addresses
+
+
+_MEETINGS = count()
+
+
+def _meet(own, timeout):
+    "Make the process group; it may be the second of this program, so that addresses are looked for under its number."
+    store, (rank, size) = dist.PrefixStore(f"aimfair-{next(_MEETINGS)}", _store()), launched()
+    with _together():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", store=store, rank=rank, world_size=size,
+                                timeout=timedelta(seconds=timeout))
+
 # %% ../../nbs/10_training/02b_ranks.ipynb #51b69c8b
 @contextmanager
 def distributed(
@@ -211,7 +228,7 @@ def distributed(
     own, local = None, int(os.environ.get("LOCAL_RANK") or 0)
     if not there:
         own = _device_of(device, local)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+        _meet(own, timeout)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), own)
     token = _CURRENT.set(ranks)
     try:
@@ -319,7 +336,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
     if ranks.size == 1:
         return
     parameters = list(parameters)
-    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device)
+    where = parameters[0].device if ranks.device is None else "cpu"  # a group of our own speaks over the CPU, too: a GPU goes on meanwhile
+    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=where)
     moved = [p for p, any_has in zip(parameters, ranks.sum(there).tolist(), strict=True) if any_has]
     for kind in dict.fromkeys(p.dtype for p in moved):
         some = [p for p in moved if p.dtype == kind]
