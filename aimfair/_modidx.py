@@ -3518,8 +3518,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                               'aimfair/training/ranks.py'),
                                         'aimfair.training.ranks.Ranks.share': ( '10_training/ranks.html#ranks.share',
                                                                                 'aimfair/training/ranks.py'),
-                                        'aimfair.training.ranks.Ranks.whole': ( '10_training/ranks.html#ranks.whole',
-                                                                                'aimfair/training/ranks.py'),
                                         'aimfair.training.ranks.WholeBatches': ( '10_training/ranks.html#wholebatches',
                                                                                  'aimfair/training/ranks.py'),
                                         'aimfair.training.ranks.WholeBatches.__init__': ( '10_training/ranks.html#wholebatches.__init__',
@@ -3546,6 +3544,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                 'aimfair/training/ranks.py'),
                                         'aimfair.training.ranks._device_of': ( '10_training/ranks.html#_device_of',
                                                                                'aimfair/training/ranks.py'),
+                                        'aimfair.training.ranks._joined': ('10_training/ranks.html#_joined', 'aimfair/training/ranks.py'),
                                         'aimfair.training.ranks._meet': ('10_training/ranks.html#_meet', 'aimfair/training/ranks.py'),
                                         'aimfair.training.ranks._store': ('10_training/ranks.html#_store', 'aimfair/training/ranks.py'),
                                         'aimfair.training.ranks._together': ( '10_training/ranks.html#_together',
@@ -3571,4 +3570,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                         'aimfair.training.ranks.sum_gradients': ( '10_training/ranks.html#sum_gradients',
                                                                                   'aimfair/training/ranks.py'),
                                         'aimfair.training.ranks.whole_logits': ( '10_training/ranks.html#whole_logits',
-                                                                                 'aimfair/training/ranks.py')}}}
+                                                                                 'aimfair/training/ranks.py'),
+                                        'aimfair.training.ranks.whole_rows': ( '10_training/ranks.html#whole_rows',
+                                                                               'aimfair/training/ranks.py')}}}

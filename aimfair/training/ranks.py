@@ -47,7 +47,7 @@ def _together():
         what = "did not come in time" if "timed out" in said.lower() else "has failed or left"
         raise ChildProcessError(f"another process {what} ({said})") from error
 
-
+# %% ../../nbs/10_training/02b_ranks.ipynb #435b1b5c
 class _Collectives:
     "What processes send each other; alone, a process has what it sent."
 
@@ -106,17 +106,6 @@ class Ranks(_Collectives):
         lengths = piece_lengths(n, pieces)
         starts = np.cumsum([0, *lengths[:-1]])
         return np.concatenate([start + np.array(self.share(k) or range(1)) for start, k in zip(starts, lengths, strict=True)])
-
-    def whole(
-        self,
-        part: torch.Tensor,  # this process's rows; a stand-in is left out
-        n: int,  # rows of all
-    ) -> torch.Tensor:
-        "The rows of all processes, in order. All of them have to call it."
-        counts = [len(self.share(n, r)) for r in range(self.size)]
-        own = part.new_zeros(max(counts), *part.shape[1:])
-        own[:counts[self.rank]] = part[:counts[self.rank]]
-        return torch.cat([rows[:k] for rows, k in zip(self.gather(own), counts, strict=True)])
 
 # %% ../../nbs/10_training/02b_ranks.ipynb #9a5d97e4
 ALONE = Ranks()
@@ -255,23 +244,28 @@ def _by_channel(v, x): return v.view(1, -1, *[1] * (x.ndim - 2))
 def _wide(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def _joined(mean, variance, n, ranks):
+    "Mean and variance of all values, and how many there are, from those of each process; in double precision."
+    parts = torch.stack(ranks.gather(torch.cat([mean.double(), variance.double(), n])))
+    means, variances, numbers = parts.split([len(mean), len(mean), 1], 1)
+    n = numbers.sum()
+    mean = (numbers * means).sum(0) / n
+    return mean, (numbers * (variances + (means - mean).square())).sum(0) / n, n
+
+# %% ../../nbs/10_training/02b_ranks.ipynb #2f2c4a15
 class _WholeBatchNorm(torch.autograd.Function):
     "Normalised by the statistics of the images of all processes; also their mean, their variance and the number of values."
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, ranks, counts):  # counts: False for a stand-in
-        wide, dims, channels = _wide(x), [0, *range(2, x.ndim)], x.shape[1]
+        wide, dims = _wide(x), [0, *range(2, x.ndim)]
         mean = wide.mean(dims)
         variance = (wide - _by_channel(mean, x)).square_().mean(dims)
-        number = torch.full((1,), x.numel() // channels * counts, dtype=torch.float64, device=x.device)
-        parts = torch.stack(ranks.gather(torch.cat([mean.double(), variance.double(), number])))
-        means, variances, numbers = parts.split([channels, channels, 1], 1)
-        n = numbers.sum()
-        mean = (numbers * means).sum(0) / n
-        variance = (numbers * (variances + (means - mean).square())).sum(0) / n
-        ctx.ranks, ctx.counts, exact = ranks, counts, (mean, variance, n)
-        mean, variance = mean.to(wide.dtype), variance.to(wide.dtype)
-        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), n)
+        number = torch.full((1,), x.numel() // x.shape[1] * counts, dtype=torch.float64, device=x.device)
+        exact = _joined(mean, variance, number, ranks)
+        mean, variance = (v.to(wide.dtype) for v in exact[:2])
+        ctx.ranks, ctx.counts = ranks, counts
+        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), exact[2])
         ctx.mark_non_differentiable(*exact)
         scale, shift = (None if p is None else p.to(wide.dtype) for p in (weight, bias))
         return F.batch_norm(wide, mean, variance, scale, shift, False, 0.0, eps).to(x.dtype), *exact
@@ -311,6 +305,14 @@ class WholeBatches(TorchFunctionMode):
         return out
 
 # %% ../../nbs/10_training/02b_ranks.ipynb #8527c2ff
+def whole_rows(part, n, ranks):
+    "The n rows of all processes, in order, of which `part` holds this process's, or a stand-in."
+    counts = [len(ranks.share(n, r)) for r in range(ranks.size)]
+    own = part.new_zeros(max(counts), *part.shape[1:])
+    own[:counts[ranks.rank]] = part[:counts[ranks.rank]]
+    return torch.cat([rows[:k] for rows, k in zip(ranks.gather(own), counts, strict=True)])
+
+
 def whole_logits(forward, x, n, ranks):
     "The logits of a batch of n images, and those of `x`, the images of it that this process computes."
     if ranks.size == 1:
@@ -318,7 +320,7 @@ def whole_logits(forward, x, n, ranks):
         return z, z
     with WholeBatches(ranks, bool(ranks.share(n))) if n > 1 else nullcontext():  # of one image each process has the statistics itself
         z = forward(x)
-    return ranks.whole(z.detach(), n).requires_grad_(), z
+    return whole_rows(z.detach(), n, ranks).requires_grad_(), z
 
 
 def backward_from(loss, whole, own, ranks):
@@ -330,7 +332,7 @@ def backward_from(loss, whole, own, ranks):
     share = ranks.share(len(whole))
     own.backward(whole.grad[share.start:share.stop] if share else torch.zeros_like(own))
 
-
+# %% ../../nbs/10_training/02b_ranks.ipynb #6e5a2140
 def sum_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
     "Sum the gradients of all processes. A tensor that has none in any of them is left without."
     if ranks.size == 1:
