@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DataError', 'DataWarning', 'one_line', 'of_network', 'listed', 'did_you_mean', 'unknown', 'SettingsError', 'Settings',
            'user_path', 'read_settings', 'parse_ratio', 'whole_file', 'write_whole', 'put_in_place', 'whole_folder',
-           'read_lines', 'append_lines', 'digest', 'file_digest', 'asset', 'cores', 'in_words', 'quiet_libraries',
-           'progress_bar', 'shown_figure', 'Html', 'as_html', 'html_table', 'html_bar', 'html_curve', 'data_url',
-           'html_strip']
+           'read_lines', 'append_lines', 'digest', 'file_digest', 'asset', 'cores', 'launched', 'in_words',
+           'quiet_libraries', 'progress_bar', 'shown_figure', 'Html', 'as_html', 'html_table', 'html_bar', 'html_curve',
+           'data_url', 'html_strip']
 
 # %% ../nbs/00_core.ipynb #cde4601d
 import base64
@@ -327,6 +327,12 @@ def asset(name: str) -> Path:
 def cores() -> int:
     "CPU cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def launched() -> tuple[int, int]:  # this process's rank, counted from 0, and how many there are
+    "What torchrun says of this process and of those that it started with it; (0, 1) without it."
+    size = int(os.environ.get("WORLD_SIZE") or 1)
+    return (int(os.environ["RANK"]), size) if size > 1 and "RANK" in os.environ else (0, 1)
 
 
 def in_words(seconds: float) -> str:  # "25 s", "3.4 min", "2.1 h", "3.0 days"

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,8 @@ from .groups import names_of
 from .models import image_size, model_from
 from .finetuning import FINETUNE
 from .pipeline import AIMFair, prompts_in
-from .training import TrainConfig
+from .training import TrainConfig, current_ranks, once
+from .training.ranks import share_weights
 
 # %% ../nbs/15_debias.ipynb #c676ca99
 def _table_digest(table):
@@ -104,28 +105,30 @@ def only_worker(
 
 def _compute_in(partial, record, compute, keep):
     "Compute a result into a folder; a mistake of the user leaves nothing unless there was something to keep."
-    write_whole(partial / "run.json", record)
+    once(lambda: write_whole(partial / "run.json", record))
     try:
-        compute(partial / "checkpoint").write_into(partial)
+        done = compute(partial / "checkpoint")
+        once(lambda: done.write_into(partial))
     except (ValueError, FileNotFoundError, FloatingPointError):
-        if not keep:
+        if not keep and current_ranks().first:
             shutil.rmtree(partial)
         raise
-    shutil.rmtree(partial / "checkpoint")
+    once(lambda: shutil.rmtree(partial / "checkpoint"))
 
 
 def _once(out: Path, record: dict, compute) -> Outcome:
     "Compute a result into `out` unless it is there; unfinished work lives in `out.partial`."
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if once(lambda: out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         _check_record(out, record, "a result")
         return Outcome(out, False, (out / "report.md").read_text(encoding="utf-8"))
     partial = out.absolute().with_name(f"{out.name}.partial")
-    if begun := (partial / "checkpoint").exists():
+    if begun := once((partial / "checkpoint").exists):
         _check_record(partial, record, "an unfinished run")
     partial.mkdir(parents=True, exist_ok=True)
-    with only_worker(partial, out):
+    with ExitStack() as held:  # by the first process
+        once(lambda: held.enter_context(only_worker(partial, out)))
         _compute_in(partial, record, compute, keep=begun)
-    put_in_place(partial, out)
+    once(lambda: put_in_place(partial, out))
     return Outcome(out, True, (out / "report.md").read_text(encoding="utf-8"))
 
 # %% ../nbs/15_debias.ipynb #348a908c
@@ -170,7 +173,7 @@ def debias(
     progress: bool = True,  # show progress bars
     **settings,  # further settings of the fine-tuning, as in `TrainConfig`: optimizer, schedule, warmup, layer_decay, accumulate, ...
 ) -> Outcome:
-    """Debias a classifier from files to files: the command `aimfair debias`.
+    """Debias a classifier from files to files: the command `aimfair debias`. Inside `distributed` several processes share the work.
 
     Raises `ValueError`, `FileNotFoundError` or `FileExistsError` with one line for the user."""
     config = finetune_config(epochs=epochs, lr=lr, batch_size=batch_size, scale=None if crop is None else (crop, 1.0), **settings)
@@ -185,6 +188,7 @@ def debias(
 
     def compute(checkpoint):
         network = model_from(model, weights)
+        share_weights(network, current_ranks())
         aim = AIMFair(network, config=config, gradient_batch_size=config.batch_size, device=device, progress=progress, **method)
         pixels = image_size(network) if size is None else size
         faces = {name: load_faces(table, size=pixels, cache=cache, progress=progress) for name, table in tables.items()}

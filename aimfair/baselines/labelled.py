@@ -19,7 +19,7 @@ from ..data import Faces
 from ..device import stream_seed
 from ..groups import group_numbers
 from ..models import classification_loss, copy_model, head_of, heads_of
-from ..training import Best, Fitted, figures_of, predict_logits
+from ..training import Best, Fitted, alone, figures_of, predict_logits
 
 # %% ../../nbs/13_baselines/05_labelled.ipynb #078e4339
 class GroupDROSettings(MethodSettings):
@@ -53,7 +53,8 @@ def features_of(
         raise ValueError(f"the head of {type(model).__name__} is a {type(head).__name__}; DFR needs a linear layer")
     hook = head.register_forward_pre_hook(lambda module, given: seen.append(given[0].float().cpu()))
     try:
-        predict_logits(model, faces, device=device, precision="float32")
+        with alone():  # the hook is to see all of them
+            predict_logits(model, faces, device=device, precision="float32")
     finally:
         hook.remove()
     return torch.cat(seen)[-len(faces):]  # a first pass of two faces settles the layout

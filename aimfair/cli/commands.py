@@ -238,12 +238,17 @@ def debias(
     """Make your own classifier fairer.
 
     It needs no group label of any real image: groups are known of the synthetic images alone. Test images with group labels, where you
-    have some, are used for the before-and-after report and nothing else.
+    have some, are used for the before-and-after report and nothing else. Several processes share the work:
+    torchrun --nproc-per-node N -m aimfair.cli debias ..., a GPU for each, or with --device cpu.
     """
     given = {name: value for name, value in locals().items() if value is not None}
     require(model=model, real=real, synthetic=synthetic, val=val, out=out)
     from aimfair.debias import debias as run
-    typer.echo(run(**given))
+    from aimfair.training import distributed
+    with distributed(device) as ranks:
+        done = run(**given)
+    if ranks.first:
+        typer.echo(done)
 
 # %% ../../nbs/21_cli/03_commands.ipynb #a5b271b5
 def _words(text):

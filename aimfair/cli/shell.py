@@ -19,7 +19,7 @@ import typer
 from typer.main import get_command
 
 from .. import __version__
-from ..core import parse_ratio, unknown
+from ..core import launched, parse_ratio, unknown
 from .errors import as_line, explain
 
 # %% auto #0
@@ -29,6 +29,9 @@ __all__ = ['app', 'data_app', 'prompts_app', 't2i_app', 'Settings', 'Store', 'Se
 # %% ../../nbs/21_cli/02_shell.ipynb #638bdf06
 _PLAIN = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False,
           "context_settings": {"help_option_names": ["-h", "--help"]}}
+
+
+_SHARED = ("debias",)  # commands whose work several processes can share
 
 
 def _group(context: typer.Context):
@@ -48,6 +51,9 @@ def _aimfair(
     version: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; works after a command, too.")] = False,
 ):
+    name, (_, size) = context.invoked_subcommand, launched()
+    if size > 1 and name and name not in _SHARED:
+        raise ValueError(f"aimfair {name} is work for one process, and torchrun has started {size}; they share {', '.join(_SHARED)} alone")
     _group(context)
 
 
@@ -84,7 +90,8 @@ def _report(error, debug):
         raise error
     if debug:
         traceback.print_exception(error)
-    print(f"aimfair: {reason[1]}", file=sys.stderr)
+    rank, size = launched()
+    print(f"aimfair{f', process {rank} of {size}' if size > 1 else ''}: {reason[1]}", file=sys.stderr)
     return reason[0]
 
 # %% ../../nbs/21_cli/02_shell.ipynb #0734e64a

@@ -99,13 +99,16 @@ class Augment:
         self,
         batch: torch.Tensor,  # uint8, B x 3 x H x W, on any device
         generator: torch.Generator,  # on the CPU
+        n: int | None = None,  # images of the batch that these are a part of; None: these are all
+        own: np.ndarray | slice = slice(None),  # their positions in it
     ) -> torch.Tensor:  # float32 in [-1, 1], the same shape, channels last
-        "Crop, resize back (bilinear) and flip; each image with parameters of its own."
-        n, _, height, width = batch.shape
+        "Crop, resize back (bilinear) and flip; each image with parameters of its own, which are those that it has in the whole batch."
+        height, width = batch.shape[2:]
+        n = len(batch) if n is None else n
         top, left, h, w = crop_boxes(n, height, width, self.scale, self.ratio, generator)
         flip = torch.rand(n, generator=generator) < self.flip
-        x, y = _sample_axis(left, w, width), _sample_axis(top, h, height)
-        x = torch.where(flip[:, None], x.flip(1), x)
+        x, y = _sample_axis(left[own], w[own], width), _sample_axis(top[own], h[own], height)
+        x = torch.where(flip[own, None], x.flip(1), x)
         return _resample(batch, sent(x, batch.device), sent(y, batch.device))
 
 # %% ../../nbs/04_data/05_batching.ipynb #4b175afb
@@ -127,7 +130,7 @@ def worked_ahead(work: Callable, items: Iterable, depth: int = AHEAD) -> Iterato
 
 # %% ../../nbs/04_data/05_batching.ipynb #458ea821
 class Batch(NamedTuple):
-    "Some images of a set."
+    "Some images of a set. Where processes share a batch, its pixels are those of this one, and all else is that of the whole batch."
     images: torch.Tensor  # float32, B x 3 x H x W in [-1, 1], channels last
     target: torch.Tensor  # int64 (B,)
     protected: torch.Tensor  # int64 (B,), -1 where unknown
@@ -141,19 +144,22 @@ def chosen_batches(
     generator: torch.Generator | None = None,  # on the CPU: drives the augmentation
     device: str | torch.device = "cpu",
     ahead: bool | None = None,  # gather on a background thread, which `close()` ends; None: for other devices than a CPU
+    own: Callable[[int], np.ndarray] | None = None,  # of a batch of so many images: positions of those to read, with `Augment`; None: all
 ) -> Iterator[Batch]:
     "Batches of images that somebody else has chosen, one for each entry of `rows`."
     protected = np.full(len(faces), -1) if faces.protected is None else faces.protected
 
     def gathered(chosen):
         index = chosen.numpy()
-        parts = faces.gather(index), torch.from_numpy(faces.target[index]), torch.from_numpy(protected[index])
+        pixels = faces.gather(index if own is None else index[own(len(index))])
+        parts = pixels, torch.from_numpy(faces.target[index]), torch.from_numpy(protected[index])
         return chosen, [pinned(part, device) for part in parts]
 
     early = torch.device(device).type != "cpu" if ahead is None else ahead
     for chosen, parts in worked_ahead(gathered, rows) if early else map(gathered, rows):
         pixels, y, p = (sent(part, device) for part in parts)
-        x = augment(pixels, generator) if augment else normalize(pixels)
+        part = () if own is None else (len(chosen), own(len(chosen)))
+        x = augment(pixels, generator, *part) if augment else normalize(pixels)
         yield Batch(x.contiguous(memory_format=torch.channels_last), y, p, chosen)
 
 # %% ../../nbs/04_data/05_batching.ipynb #2925f0e4
@@ -166,6 +172,8 @@ def batches(
     generator: torch.Generator | None = None,  # on the CPU: drives order and augmentation
     device: str | torch.device = "cpu",
     ahead: bool | None = None,  # gather on a background thread, as for `chosen_batches`
+    own: Callable[[int], np.ndarray] | None = None,  # a part of every batch, as for `chosen_batches`
+    which: slice = slice(None),  # of the batches, such as every second one
 ) -> Iterator[Batch]:
     "One epoch of batches. The same generator state gives the same batches."
     if generator is None and (shuffle or augment):
@@ -175,8 +183,8 @@ def batches(
     n = len(faces)
     order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
     stop = n - n % batch_size if drop_last else n
-    rows = order[:stop].split(batch_size) if stop else ()
-    return chosen_batches(faces, rows, augment=augment, generator=generator, device=device, ahead=ahead)
+    rows = order[:stop].split(batch_size)[which] if stop else ()
+    return chosen_batches(faces, rows, augment=augment, generator=generator, device=device, ahead=ahead, own=own)
 
 # %% ../../nbs/04_data/05_batching.ipynb #a5fcc8e6
 def synchronize(device: str | torch.device) -> None:

@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..core import digest, unknown, whole_file, whole_folder, write_whole
-from ..device import pick_device
 from ..groups import Group, Names, group_name, parse_majority
 from ..data import Faces, FolderKind, Upload, new_card, push_folder
 from ..models import IMAGENET, Pixels, check_model, class_names_of, copy_model, origin_of, pixels_of, save_model
-from ..training import Callback, Fitted, TrainConfig, movable_tensors, predict, stages_html
+from ..training import Callback, Fitted, TrainConfig, current_ranks, movable_tensors, once, predict, stages_html
+from ..training.ranks import check_same, own_device
 from ..sensitivity import Gradients, gradient_pass, paper_k, select_parameters, sensitivity_table
 from ..finetuning import FINETUNE, ChosenK, Strategy, accuracy_change, choose_k, finetune, right_answers, trainable_parameters
 from .inputs import adapt, find_majority, gather_images, group_scores, synthetic_sets
@@ -228,7 +228,9 @@ class _Checkpoint:
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
-        identity, file = digest(identity()), self.folder / "run.json"
+        once(lambda: self._begin(digest(identity()), self.folder / "run.json"))
+
+    def _begin(self, identity, file):
         if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != identity:
             raise ValueError(f"{self.folder} holds the unfinished work of another run; remove it or name another checkpoint")
         write_whole(file, json.dumps(identity))
@@ -241,11 +243,15 @@ class _Checkpoint:
         if self.folder is None:
             return make()
         file = self.folder / f"{name}.safetensors"
-        if not file.is_file():
-            with whole_file(file) as aside:
-                save_file(make(), aside)
+        if not once(file.is_file):
+            made = make()
+            once(lambda: self._keep(made, file))
         found = load_file(file)
         return {n: found[n] for n in order}
+
+    def _keep(self, gradients, file):
+        with whole_file(file) as aside:
+            save_file(gradients, aside)
 
 # %% ../../nbs/14_pipeline/03_method.ipynb #cbda4a92
 def _check_normalisation(mean, std):
@@ -426,7 +432,7 @@ def _told(aim, report, ready, pixels, images, device):
     missing = ["No image processor was found for the model: it is given pixels in [-1, 1]; say what it was trained with by mean= and "
                "std= (--mean, --std)."] if pixels.source == "assumed" and hasattr(aim.model, "save_pretrained") else []
     notes = [*ready.notes, *missing, *_pixels_note(aim, ready, pixels, images, device), *report.notes]
-    for note in notes:
+    for note in notes if current_ranks().first else ():
         warnings.warn(note, stacklevel=3)
     return replace(report, setup=report.setup | facts, notes=notes)
 
@@ -508,11 +514,14 @@ class AIMFair:
         prompts: Iterable[str] | None = None,  # of every synthetic image, so that prompts are put aside whole; None: a manifest's, if any
         checkpoint: str | Path | None = None,  # folder from which a killed run continues
     ) -> Debiased:
-        "Find the bias, rank the tensors, fine-tune the masked ones and compare. Raises `ValueError` for input that cannot work."
+        """Find the bias, rank the tensors, fine-tune the masked ones and compare. Raises `ValueError` for input that cannot work.
+
+        Inside `distributed` several processes share the work, and all get the result."""
         auto = self.k == "auto" and self.strategy == "selective"
         images = gather_images(real, synthetic, val, test, held_out, auto, prompts, classes=self.classes, groups=self.groups,
                                own=class_names_of(self.model))
-        device = pick_device(self.device)
+        device = own_device(self.device)
+        check_same("the model, the images or the options", lambda: _identity(self, images), current_ranks())
         pixels = pixels_of(self.model, self.mean, self.std)
         ready = adapt(self.model, images.real, images.n_classes, pixels, device)
         kept = _Checkpoint(checkpoint, lambda: [*_identity(self, images), repr(pixels)])

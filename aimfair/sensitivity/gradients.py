@@ -9,17 +9,19 @@ __all__ = ['Gradients', 'Batches', 'mean_gradients', 'gradient_pass', 'GroupGrad
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from ..core import progress_bar
 from ..data import Augment, Faces, batches
-from ..device import pick_device, seeded
+from ..device import seeded, stream_seed
 from ..groups import Group, group_indices
 from ..models import classification_loss, copy_model, logits_of, settle_format
 from ..training import Loss, movable_tensors
 from ..training.loop import add_gradients
+from ..training.ranks import ALONE, Ranks, current_ranks, own_device, sum_gradients
 
 # %% ../../nbs/11_sensitivity/01_gradients.ipynb #98d4f05a
 Gradients = dict[str, torch.Tensor]  # parameter name -> gradient, float32 on the CPU
@@ -34,7 +36,7 @@ def _probe(model, device):
     return probe
 
 
-def _gradient_sums(probe, batches, loss_fn, device, pieces=1):
+def _gradient_sums(probe, batches, loss_fn, device, pieces=1, ranks=ALONE):
     "Sum over batches of the batch gradients, on the probe's `.grad`; returns the number of batches and images."
     def logits(x): return logits_of(probe, x.contiguous(memory_format=layout))
 
@@ -44,8 +46,9 @@ def _gradient_sums(probe, batches, loss_fn, device, pieces=1):
     for x, y, *more in batches:
         x, rows = x.to(device), more[1] if len(more) > 1 else None
         layout = layout or settle_format(probe, x)
-        add_gradients(logits, loss_fn, x, y.to(device), rows, pieces)
+        add_gradients(logits, loss_fn, x, y.to(device), rows, pieces, ranks)
         n_batches, n_images = n_batches + 1, n_images + len(y)
+    sum_gradients((p for p in probe.parameters() if p.requires_grad), ranks)
     return n_batches, n_images
 
 
@@ -63,12 +66,13 @@ def mean_gradients(
     accumulate: int = 1,  # pieces of a mini-batch, of two images at least, computed one after another to save memory
     seed: int = 0,  # for dropout
     device: str | None = None,  # None picks the best there is
+    ranks: Ranks = ALONE,  # processes that share each batch, of which `batches` holds their `own` images
 ) -> Gradients:  # {name: gradient averaged over the batches}
     "Gradient of the loss per parameter tensor, averaged over mini-batches (paper: SMG). Raises `ValueError` without a batch."
-    device = pick_device(device)
+    device = own_device(device)
     probe = _probe(model, device).train(train_mode)
-    with seeded(seed):
-        n, _ = _gradient_sums(probe, batches, loss_fn, device, accumulate)
+    with seeded(seed if ranks.first else stream_seed(seed, ranks.rank)):
+        n, _ = _gradient_sums(probe, batches, loss_fn, device, accumulate, ranks)
     if n == 0:
         raise ValueError("no mini-batch to take gradients from: the set holds fewer images than one batch")
     return _collect(probe, n)
@@ -86,13 +90,18 @@ def gradient_pass(
     progress: bool = False,  # show a bar
     name: str = "",  # of the set, on the bar
 ) -> Gradients:
-    "Mean gradient over augmented, shuffled passes in training mode; last partial batches are dropped (paper: SMG)."
-    device, size, generator = pick_device(device), min(batch_size, len(faces)), torch.Generator().manual_seed(seed)
+    """Mean gradient over augmented, shuffled passes in training mode; last partial batches are dropped (paper: SMG).
+
+    Inside `distributed` several processes share every mini-batch, and all get the same gradients."""
+    device, size, generator = own_device(device), min(batch_size, len(faces)), torch.Generator().manual_seed(seed)
+    ranks = current_ranks()
     how = dict(shuffle=True, drop_last=True, augment=augment, generator=generator, device=device)
+    how |= {} if ranks.size == 1 else {"own": partial(ranks.own, pieces=accumulate)}
     several = (batch for _ in range(passes) for batch in batches(faces, size, **how))
-    bar = progress_bar(several, total=passes * (len(faces) // max(size, 1)), desc=f"gradients, {name}", disable=not progress)
+    bar = progress_bar(several, total=passes * (len(faces) // max(size, 1)), desc=f"gradients, {name}",
+                       disable=not (progress and ranks.first))
     with closing(several):
-        return mean_gradients(model, bar, accumulate=accumulate, seed=seed, device=device)
+        return mean_gradients(model, bar, accumulate=accumulate, seed=seed, device=device, ranks=ranks)
 
 # %% ../../nbs/11_sensitivity/01_gradients.ipynb #1288ba02
 @dataclass
@@ -125,7 +134,7 @@ def group_gradients(
     device: str | None = None,
 ) -> GroupGradients:
     "Mean gradient of every group in one pass, in evaluation mode (fixed batch statistics, no dropout)."
-    device = pick_device(device)
+    device = own_device(device)
     probe, mean, count = _probe(model, device).eval(), {}, {}
     generator = torch.Generator().manual_seed(seed)
 

@@ -21,26 +21,31 @@ from torch import nn
 
 from ..core import Html, digest, html_curve, html_table, progress_bar, shown_figure, whole_file
 from ..data import Faces, chosen_batches
-from ..device import autocast, pick_device, seeded, stream_seed
+from ..device import autocast, seeded, stream_seed
 from ..models import classification_loss, logits_of, predicted_labels
 from .callbacks import Callback
 from .masks import Mask, left_out, only_trainable, put_back, without_held
 from .predictions import Criteria, judge, placed
+from .ranks import (ALONE, Ranks, backward_from, check_same, current_ranks, once, own_device, piece_lengths,
+                                    share_weights, sum_gradients, whole_logits)
 from .protocol import TrainConfig, make_optimizer, set_rate
 
 # %% ../../nbs/10_training/05_loop.ipynb #3d6e2081
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (logits B x C, labels B, rows B) -> mean over the batch
 
 # %% ../../nbs/10_training/05_loop.ipynb #9ef2189a
-def add_gradients(forward, loss_fn, images, y, rows=None, pieces=1):
-    "Add the gradient of a batch's loss to `.grad`, piece by piece; the loss and the logits."
-    pieces = max(1, min(pieces, len(y) // 2))
-    rows = [None] * pieces if rows is None else rows.tensor_split(pieces)
+def add_gradients(forward, loss_fn, images, y, rows=None, pieces=1, ranks=ALONE):
+    """Add the gradient of a batch's loss to `.grad`, piece by piece; the loss and the logits.
+
+    Among several processes `images` are the batch's `ranks.own`, and what each has to add is still to be summed."""
+    lengths = piece_lengths(len(y), pieces)
+    rows = [None] * len(lengths) if rows is None else rows.split(lengths)
+    parts = images.split([len(ranks.share(n)) or 1 for n in lengths])
     total, logits = 0.0, []
-    for x, labels, of in zip(images.tensor_split(pieces), y.tensor_split(pieces), rows, strict=True):
-        z = forward(x)
+    for x, labels, of in zip(parts, y.split(lengths), rows, strict=True):
+        z, own = whole_logits(forward, x, len(labels), ranks)
         loss = loss_fn(z, labels, of) * (len(labels) / len(y))
-        loss.backward()
+        backward_from(loss, z, own, ranks)
         total = total + loss.detach()
         logits.append(z.detach())
     return total, torch.cat(logits)
@@ -60,6 +65,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     left_out: list  # from `left_out`
     sampling: torch.Tensor | None = None  # float64 (N,)
+    ranks: Ranks = ALONE
 
 # %% ../../nbs/10_training/05_loop.ipynb #e102c172
 def _train_mode(model, freeze_batchnorm):
@@ -79,10 +85,13 @@ def _logits(run, images):
 def _step(run, batch):
     "Learn from a batch; its loss and logits before the step."
     run.optimizer.zero_grad(set_to_none=True)
-    loss, logits = add_gradients(partial(_logits, run), run.loss_fn, batch.images, batch.target, batch.rows, pieces=run.config.accumulate)
+    loss, logits = add_gradients(partial(_logits, run), run.loss_fn, batch.images, batch.target, batch.rows,
+                                 pieces=run.config.accumulate, ranks=run.ranks)
+    moving = [p for group in run.optimizer.param_groups for p in group["params"]]
+    sum_gradients(moving, run.ranks)
     if run.config.clip is not None:
         without_held(run.left_out)
-        nn.utils.clip_grad_norm_([p for group in run.optimizer.param_groups for p in group["params"]], run.config.clip)
+        nn.utils.clip_grad_norm_(moving, run.config.clip)
     run.optimizer.step()
     put_back(run.left_out)
     return loss, logits
@@ -121,8 +130,9 @@ def _train_epoch(run, epoch):
     generator = torch.Generator().manual_seed(seed)
     torch.randperm(len(run.train), generator=generator)  # the part of the stream that orders the pass of this number
     total, right, seen = torch.zeros((), device=run.device), torch.zeros((), device=run.device), 0
-    of_epoch = chosen_batches(run.train, _rows(run, epoch), augment=config.augment(), generator=generator, device=run.device)
-    with seeded(seed), closing(of_epoch):
+    own = None if run.ranks.size == 1 else partial(run.ranks.own, pieces=config.accumulate)
+    of_epoch = chosen_batches(run.train, _rows(run, epoch), augment=config.augment(), generator=generator, device=run.device, own=own)
+    with seeded(seed if run.ranks.first else stream_seed(seed, run.ranks.rank)), closing(of_epoch):
         for lr, batch in zip(config.rates(len(run.train))[start:stop], of_epoch, strict=True):
             set_rate(run.optimizer, lr)
             loss, logits = _step(run, batch)
@@ -192,6 +202,21 @@ def _resume(path, identity, run):
     run.optimizer.load_state_dict(state["optimizer"])
     return _Progress(state["history"], {n: Best(*b) for n, b in state["best"].items()})
 
+# %% ../../nbs/10_training/05_loop.ipynb #94feaebf
+def _in_step(model, train, val, trainable, about, ranks):
+    "Raise `ValueError` unless all processes were asked for the same run, which they can share; then give them the same weights."
+    if ranks.size == 1:
+        return
+    size, pieces = about["config"]["batch_size"], about["config"].get("accumulate", 1)
+    if size // pieces < ranks.size:
+        in_pieces = f" in {pieces} pieces" if pieces > 1 else ""
+        raise ValueError(f"batch_size = {size}{in_pieces} is shared by {ranks.size} processes, and each needs an image; "
+                         "start fewer, or make batches larger")
+    faces = [None if f is None else digest(f.ids.tolist(), f.target.tolist()) for f in (train, val)]
+    tensors = [[n, list(v.shape)] for n, v in model.state_dict().items() if isinstance(v, torch.Tensor)]
+    check_same("what they train", lambda: [about, faces, _mask_identity(trainable), tensors], ranks)
+    share_weights(model, ranks)
+
 # %% ../../nbs/10_training/05_loop.ipynb #4d8072f6
 def _history_html(fitted):
     "What `Fitted` shows of itself."
@@ -248,7 +273,8 @@ def _epochs(run, done, val, criteria, progress, over):
     "Train what is left of a run; `over` is called with every epoch that is over, and the steps that have been made."
     start, config, steps = len(done.history), run.config, run.config.bounds(len(run.train))
     how = {"batch_size": -(-config.batch_size // config.accumulate)} if config.accumulate > 1 else {}  # what fits in training fits here
-    bar = progress_bar(range(start, config.epochs), initial=start, total=config.epochs, desc="epochs", disable=not progress)
+    bar = progress_bar(range(start, config.epochs), initial=start, total=config.epochs, desc="epochs",
+                       disable=not (progress and run.ranks.first))
     for epoch in bar:
         lr, loss, acc = _train_epoch(run, epoch)
         figures = judge(run.model, val, criteria, device=run.device, precision=config.precision, **how)
@@ -276,21 +302,27 @@ def fit(
 ) -> Fitted:
     """Train a classifier and keep its best epoch (paper: implementation details).
 
+    Inside `distributed` several processes share every mini-batch, and all get the same result: that of one process up to the order of
+    summation, but for dropout, of which each draws its own. Batch normalisation is over the whole batch, unless it is frozen.
+
     Raises `ValueError` for an empty training set, fewer steps than epochs, a mask or probabilities that do not fit, criteria without
-    validation faces, or a checkpoint of another run; `FloatingPointError` when the loss is no longer finite.
+    validation faces, a checkpoint of another run, or processes that differ or have no image of a batch; `FloatingPointError` when the
+    loss is no longer finite; `ChildProcessError` where another process fails.
     """
     if not len(train):
         raise ValueError("the training set is empty")
     config.bounds(len(train))
-    chances, device = _checked_sampling(sampling, len(train)), pick_device(device)
+    chances, device, ranks = _checked_sampling(sampling, len(train)), own_device(device), current_ranks()
     model, layout = placed(model, train, device)
     about = {"config": config.model_dump(), "seed": seed, "freeze_batchnorm": freeze_batchnorm, "identity": identity,
              "sampling": None if chances is None else digest(chances.numpy()), "criteria": sorted(criteria or ())}
+    _in_step(model, train, val, trainable, about, ranks)
     known = None if checkpoint is None else _identity(model, train, trainable, about)
     with only_trainable(model, trainable):
         run = _Run(model, train, config, seed, device, layout, freeze_batchnorm, loss_fn, make_optimizer(config, model),
-                   left_out(model, trainable), chances)
+                   left_out(model, trainable), chances, ranks)
         done = _resume(checkpoint, known, run)
+        check_same(f"what they find in {checkpoint}", lambda: len(done.history), ranks)
 
         def over(epoch, steps):
             if checkpoint is not None:
@@ -298,7 +330,7 @@ def fit(
             if callback is not None:
                 callback(steps, epoch, dict(done.history[-1]))
 
-        _epochs(run, done, val, criteria, progress, over)
+        _epochs(run, done, val, criteria, progress, lambda *when: once(lambda: over(*when), ranks))
     chosen = done.best["val_accuracy"]
     model.load_state_dict(chosen.state)
     return Fitted(model, pd.DataFrame(done.history).rename_axis("epoch"), chosen.epoch, chosen.value, done.best)

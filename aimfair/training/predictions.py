@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from ..data import Faces, batches, normalize
-from ..device import autocast, evaluating, pick_device
+from ..device import autocast, evaluating
 from ..models import logits_of, predicted_labels, settle_format
+from .ranks import current_ranks, in_turn, own_device
 
 # %% ../../nbs/10_training/03_predictions.ipynb #0e5e5dc6
 def placed(model, faces, device):
@@ -31,14 +32,17 @@ def predict_logits(
     device: str | None = None,
     precision: str = "auto",
 ) -> np.ndarray:  # N x C float32
-    "Logits of every face in evaluation mode, without augmentation; the model's mode is put back."
-    device = pick_device(device)
+    """Logits of every face in evaluation mode, without augmentation; the model's mode is put back.
+
+    Inside `distributed` every process looks at every n-th batch, and all get the logits of all."""
+    device, ranks = own_device(device), current_ranks()
     model, layout = placed(model, faces, device)
-    several = batches(faces, batch_size, device=device)
+    several = batches(faces, batch_size, device=device, which=slice(ranks.rank, None, ranks.size))
     # inference tensors that a network keeps would stop training
     with closing(several), evaluating(model), torch.no_grad(), autocast(device, precision):
         images = (batch.images.contiguous(memory_format=layout) for batch in several)
-        return torch.cat([logits_of(model, x).cpu() for x in images]).numpy()
+        own = [logits_of(model, x).cpu() for x in images]
+    return torch.cat(in_turn(own, ranks)).numpy()
 
 # %% ../../nbs/10_training/03_predictions.ipynb #56d6c733
 def predict(
