@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from itertools import count
 from math import ceil, floor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
