@@ -319,7 +319,7 @@ class Presentation:
         self.bar(name)
         self.bar.say(f"{in_words(self.bar.passed):>8}  {name}: {f'failed: {error}' if error else shown_in(name, self.out)}")
 
-# %% ../nbs/18_experiments.ipynb #a9b66b45
+# %% ../nbs/18_experiments.ipynb #7b1d0c3a
 def _places(where):
     "The store of a reproduction, the same from every folder and process, and the usual folder for what comes out."
     if not isinstance(store := open_store(where), RemoteStore):
@@ -329,7 +329,7 @@ def _places(where):
         raise ValueError(f"{store.where}: known to this process alone, and notebooks run in others; name a folder or another address")
     return store, Path("runs") / "results"
 
-
+# %% ../nbs/18_experiments.ipynb #a9b66b45
 def reproduce(
     profile: str | Path = "toy",  # a profile's name or file
     *, only: Iterable[str] | None = None,  # experiments; None: all that the profile can have

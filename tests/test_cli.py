@@ -251,7 +251,7 @@ def test_reproduce_passes_its_options_on(monkeypatch, capsys):
     assert main([*words.split(), "--aggregation", "published", "--shareable"]) == 0
     nothing = {"only": None, "seeds": None, "out": None, "store": None, "settings": {}, "workers": None, "aggregation": "mean",
                "shareable": False}
-    given = {"only": ["a", "b"], "seeds": 2, "out": Path("o"), "store": Path("s"), "settings": {"data.root": "/x=y", "k": "4"},
+    given = {"only": ["a", "b"], "seeds": 2, "out": Path("o"), "store": "s", "settings": {"data.root": "/x=y", "k": "4"},
              "workers": 2, "aggregation": "published", "shareable": True}
     assert calls == [("toy", nothing), ("celeba64", given)]
     assert capsys.readouterr().out == f"1 files of 1 experiments; report: {Path('figures/report.html')}\n" * 2
@@ -282,7 +282,7 @@ def test_why_passes_its_options_on(monkeypatch, capsys):
     calls = []
     stand_in(monkeypatch, "repro", why=lambda *given, **options: calls.append((given, options)) or pd.DataFrame())
     assert main("status --why --profile celeba64 --only a --seeds 2 --set k=4 --store s".split()) == 0 and main(["status", "--why"]) == 0
-    assert calls == [(("celeba64", ["a"]), {"seeds": 2, "settings": {"k": "4"}, "store": Path("s")}),
+    assert calls == [(("celeba64", ["a"]), {"seeds": 2, "settings": {"k": "4"}, "store": "s"}),
                      (("toy", None), {"seeds": None, "settings": {}, "store": "runs"})]
 
 

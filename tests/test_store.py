@@ -26,7 +26,7 @@ from s3_server import S3Server, in_environment
 from aimfair.cli import main
 from aimfair.core import DataWarning
 from aimfair.explore.sources import of_reproduction
-from aimfair.repro import Artifact, Lease, Objects, RemoteStore, Shelf, Store, open_store, status, stored
+from aimfair.repro import Artifact, Lease, Objects, RemoteStore, Shelf, Store, held, open_store, status, stored
 
 KILLS = int(os.environ.get("AIMFAIR_KILLS", 20))
 ONE = Artifact("s", {"n": 1})
@@ -394,7 +394,7 @@ class TestLeases:
     def test_a_holder_at_work_keeps_it(self, memory):
         place = Objects(memory)
         holder, other = (Lease(place, "x", name, seconds=0.3) for name in ("holder", "other"))
-        with holder.held(unless=lambda: False):
+        with held(holder, unless=lambda: False):
             end = time.monotonic() + 1
             while time.monotonic() < end:
                 assert not other.take()
@@ -404,7 +404,7 @@ class TestLeases:
     def test_nobody_waits_for_what_is_there(self, memory):
         place = Objects(memory)
         Lease(place, "x", "holder").take()
-        with Lease(place, "x", "other").held(unless=lambda: True):
+        with held(Lease(place, "x", "other"), unless=lambda: True):
             pass
         assert place.names() == ["x.0"]
 

@@ -24,7 +24,7 @@ from .errors import as_line, explain
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'prompts_app', 't2i_app', 'Settings', 'Store', 'Seed', 'Device', 'Style', 'Generator', 'spelt_out',
-           'any_terminal', 'main', 'option', 'ratio', 'require', 'choose', 'parse_settings', 'store_place']
+           'any_terminal', 'main', 'option', 'ratio', 'require', 'choose', 'store_place', 'parse_settings']
 
 # %% ../../nbs/21_cli/02_shell.ipynb #638bdf06
 _PLAIN = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False,
@@ -182,6 +182,15 @@ def choose(name, value, choices):
     if value not in choices:
         raise ValueError(unknown(name, value, choices))
 
+# %% ../../nbs/21_cli/02_shell.ipynb #5a0c1f2e
+def store_place(
+    text: str,  # a folder, or an address such as s3://bucket/runs
+) -> str:
+    "The value of an option that names a store."
+    if "://" not in text and Path(text).is_file():
+        raise typer.BadParameter(f"{text!r} is a file; expected a folder, or an address such as s3://bucket/runs")
+    return text
+
 # %% ../../nbs/21_cli/02_shell.ipynb #e0ef3faa
 def parse_settings(
     items: list[str] | None,  # each "key=value"
@@ -196,15 +205,6 @@ def parse_settings(
             raise ValueError(f"--set {key} is given twice: {settings[key]!r} and {value!r}")
         settings[key] = value
     return settings
-
-
-def store_place(
-    text: str,  # a folder, or an address such as s3://bucket/runs
-) -> str:
-    "The value of an option that names a store."
-    if "://" not in text and Path(text).is_file():
-        raise typer.BadParameter(f"{text!r} is a file; expected a folder, or an address such as s3://bucket/runs")
-    return text
 
 
 Settings = Annotated[list[str] | None, option("KEY=VALUE", "replace a setting; may be repeated", "--set")]

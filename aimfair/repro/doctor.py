@@ -321,7 +321,7 @@ def disk_row(
 ) -> dict:
     "Whether the disk of the store, or of its copies, has room for what is still to come."
     store = open_store(store)
-    root = store.disk.absolute()
+    root = (store.disk if isinstance(store, RemoteStore) else store.root).absolute()
     there = sum(f.stat().st_size for f in root.rglob("*") if f.is_file()) if root.is_dir() else 0
     place = next(p for p in (root, *root.parents) if p.is_dir())
     free, total = shutil.disk_usage(place).free, sum(needed.values())

@@ -22,7 +22,7 @@ from .choices import Tuned
 from .costs import expected_seconds
 from .images import Images, ImageSets, check_pool, forget_files
 from .profiles import Profile, Protocol, load_profile, paper_seeds
-from .store import Job, Store, open_store, reach, stored
+from .store import Job, Store, all_and_missing, open_store, reach, stored
 
 # %% ../../nbs/17_repro/09_plan.ipynb #f6dce74f
 def check_images(images: Images) -> None:
@@ -81,9 +81,7 @@ class Plan:
             self.protocol(Case(""))  # what the profile itself lacks, every experiment lacks
         self.goals, self.impossible = goals_of(cases, self._ends)
         ends = {h: job for part in self.goals.values() for h, job in part.items()}
-        self.jobs = reach(ends)
-        there = store.there(job.artifact for job in self.jobs.values())
-        self.missing = reach(ends, lambda job: job.artifact.hash not in there)
+        self.jobs, self.missing = all_and_missing(ends, store)
 
     def protocol(self, case: Case) -> Protocol:
         "The protocol of a case. Raises `ValueError` or `FileNotFoundError` where there are too few images for it."
