@@ -1,7 +1,7 @@
 # Two commands to know: `make reproduce` and `make test`. Each sets everything up in .venv first; `make help` lists the rest.
 PYTHON ?= python3
 VENV ?= .venv
-# further arguments: for pip, for `aimfair reproduce`, for pytest
+# further arguments: for pip, for `aimfair reproduce` or JupyterLab, for pytest
 PIP_ARGS ?=
 ARGS ?=
 PYTEST_ARGS ?=
@@ -99,7 +99,7 @@ test: $(STAMP)
 	[ -z "$$failed" ] || { echo 'aimfair: the tests passed, but notebooks failed: see 2/3 above' >&2; exit 1; }
 
 lab: $(STAMP)
-	$(PATHS) $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb
+	$(PATHS) $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check aimfair tests setup.py

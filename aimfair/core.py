@@ -396,17 +396,24 @@ def progress_bar(
     return tqdm(items, **{"file": _Lines(sys.stderr), "mininterval": 60, "maxinterval": 60, "delay": 5, **width, **options})
 
 # %% ../nbs/00_core.ipynb #3b2795ab
+_COLUMN = 900  # pixels, of a notebook
+
+
 def shown_figure(**options):  # a matplotlib Figure; `options` are its own
-    "A figure that shows itself in a notebook."
+    "A figure that shows itself in a notebook, at most 900 pixels wide."
     from matplotlib.figure import Figure
 
     class ShownFigure(Figure):
         def _repr_png_(self):
-            buffer = BytesIO()
-            self.savefig(buffer, format="png", dpi=160 if self.get_figwidth() < 4 else 80, metadata={"Software": None})  # small ones larger
+            width, buffer = self.get_figwidth(), BytesIO()
+            dpi = 160 if width < 4 else min(80, _COLUMN / width)  # small ones larger
+            self.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
             return buffer.getvalue()
 
-    return ShownFigure(**{"layout": "constrained", **options})
+    figure = ShownFigure(**{"layout": "constrained", **options})
+    # where `%matplotlib inline` was said, matplotlib shows it: in the figure's own dpi, with a margin of a tenth of an inch
+    figure.set_dpi(min(figure.get_dpi(), _COLUMN / (figure.get_figwidth() + 0.2)))
+    return figure
 
 # %% ../nbs/00_core.ipynb #fa119765
 class Html(str):

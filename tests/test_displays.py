@@ -4,6 +4,7 @@ import os
 import re
 import time
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ import pandas as pd
 import pytest
 import torch
 from bs4 import BeautifulSoup
+from IPython.core.formatters import DisplayFormatter
+from IPython.core.pylabtools import print_figure
 from jupyter_client.manager import start_new_kernel
+from PIL import Image
 
-from aimfair.core import html_bar, html_curve, html_strip, html_table
+from aimfair.core import html_bar, html_curve, html_strip, html_table, shown_figure
 from aimfair.data import Faces
 from aimfair.experiments import Reproduction
 from aimfair.fix import Plan as FixPlan
@@ -213,3 +217,13 @@ def test_bars_in_a_notebook_are_text_where_widgets_are_not_installed():
 def test_a_variable_turns_bars_off_in_a_notebook():
     with running(TQDM_DISABLE="1") as kernel:
         assert not outputs(kernel, BAR)
+
+
+@pytest.mark.parametrize("inches", [3, 8, 11.6, 40])
+def test_a_figure_is_shown_no_wider_than_a_column_and_saved_as_wide_as_it_is(inches):
+    figure = shown_figure(figsize=(inches, 2))
+    figure.subplots().plot([0, 1])
+    plain, inline, file = DisplayFormatter().format(figure)[0]["image/png"], print_figure(figure), BytesIO()
+    figure.savefig(file, dpi=100)
+    by_itself, by_matplotlib, saved = (Image.open(BytesIO(png) if isinstance(png, bytes) else png).width for png in (plain, inline, file))
+    assert saved == 100 * inches and min(60 * inches, 850) <= by_itself <= 900 and min(60 * inches, 850) <= by_matplotlib <= 900

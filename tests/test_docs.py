@@ -17,6 +17,7 @@ bs4 = pytest.importorskip("bs4")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "nbs/site"))
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 PHONE_PAGES = [
     "index.html", "start.html", "chapters.html", "reference.html", "limits.html", "CHANGELOG.html",
@@ -192,7 +193,6 @@ def test_every_image_has_a_text(pages):
 
 
 def test_a_written_text_becomes_the_alternative():
-    sys.path.insert(0, str(ROOT / "nbs/site"))
     from build import shown_cells
 
     picture = {"output_type": "display_data", "data": {"image/png": "", "text/plain": "<Figure>"}, "metadata": {}}
@@ -220,7 +220,6 @@ def test_types_lead_to_other_projects(pages):
 
 
 def test_addresses_elsewhere_are_well_formed():
-    sys.path.insert(0, str(ROOT / "nbs/site"))
     from build import read_elsewhere
 
     projects = read_elsewhere()
@@ -230,6 +229,101 @@ def test_addresses_elsewhere_are_well_formed():
         for name, role, page in entries:
             parts = urlsplit(address + page.replace("$", name))
             assert re.fullmatch(r"py:\w+", role) and parts.netloc and parts.fragment and " " not in page
+
+
+# formulas
+
+def formulas():
+    "(notebook, TeX, whether it stands alone) of all formulas, as the parser of the site finds them."
+    from markdown_it import MarkdownIt
+    from mdit_py_plugins.dollarmath import dollarmath_plugin
+
+    reader = MarkdownIt("gfm-like", {"linkify": False}).use(dollarmath_plugin)
+    for file in NOTEBOOKS:
+        for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+            for token in reader.parse("".join(cell["source"])) if cell["cell_type"] == "markdown" else ():
+                for part in (token, *(token.children or ())):
+                    if part.type.startswith("math"):
+                        yield file.stem, part.content, part.type.startswith("math_block") or part.type == "math_inline_double"
+
+
+def test_formulas_are_read_as_a_whole():
+    "No command and no bracket of TeX is left in any, and what TeX does not know is not passed over."
+    from docutils.utils.math import MathError
+    from formulas import mathml
+
+    found = list(formulas())
+    assert len(found) > 150 and sum(block for *_, block in found) > 10
+    for name, text, block in found:
+        written = bs4.BeautifulSoup(mathml(text, block), "html.parser")
+        assert not re.search(r"[\\${}]", written.get_text()), (name, text)
+        letters = set(re.sub(r"\\mathcal\{\w\}|\\[a-zA-Z]+|[^a-zA-Z]", "", text))
+        assert letters <= set(re.sub(r"[^\x00-\x7f]", "", written.get_text())), (name, text)
+    with pytest.raises(MathError, match="nosuch"):
+        mathml(r"\nosuch{x}", False)
+
+
+@pytest.fixture
+def drawn(browser):
+    "Formulas on a page with the style of the site: a function from TeX to the element in the browser."
+    from formulas import mathml
+
+    page = browser.new_page()
+    style = (ROOT / "nbs/site/_static/aimfair.css").read_text(encoding="utf-8")
+
+    def draw(*texts, block=False):
+        shown = "<p>".join(mathml(text, block) for text in texts)
+        page.set_content(f"<!doctype html><meta charset=utf-8><style>{style} body {{ font-size: 20px }}</style>{shown}")
+        return page
+
+    yield draw
+    page.close()
+
+
+BOXES = """(math, selectors) => selectors.map(selector => {
+  const box = math.querySelector(selector).getBoundingClientRect();
+  return {left: box.left, right: box.right, top: box.top, bottom: box.bottom, width: box.width, height: box.height};
+})"""
+
+
+def boxes(page, *selectors):
+    return page.locator("math").evaluate(BOXES, list(selectors))
+
+
+def test_a_long_bar_is_as_wide_as_what_is_below_it(drawn):
+    texts = [text for _, text, _ in formulas() if "overline" in text]
+    page = drawn(*texts, r"\overline{x}", r"\overline{\frac{a + b}{c} - d}", block=True)
+    bars = page.locator("math .overline").evaluate_all("""bars => bars.map(bar => {
+      const below = [...bar.children].map(child => child.getBoundingClientRect()), box = bar.getBoundingClientRect();
+      const width = Math.max(...below.map(b => b.right)) - Math.min(...below.map(b => b.left));
+      return [box.width, width, parseFloat(getComputedStyle(bar).borderTopWidth), Math.min(...below.map(b => b.top)) - box.top];
+    })""")
+    assert len(bars) >= 4
+    for width, below, line, gap in bars:
+        assert width >= below - 0.5 and width > 5 and line >= 1 and gap >= line, bars
+
+
+@pytest.mark.parametrize("text, left, right, space", [
+    (r"\ln 9", "mi", "mn", "thin"), (r"s \ln 9", "mi:first-child", "mi:nth-child(3)", "thin"), (r"\ln(x)", "mi", "mo:nth-child(3)", "no"),
+    (r"\cos\pi", "mi:first-child", "mi:last-child", "thin"), (r"\log_2 x", "msub", "mi:last-child", "thin"),
+    (r"\max x", "mo", "mi", "thin"), (r"\max(x)", "mo", "mo:nth-child(2)", "no"), (r"2\min(x)", "mn", "mo", "thin"),
+    (r"x = -y", "mo:nth-child(3)", "mi:last-child", "no"), (r"1/9", "mn", "mo", "no"), (r"1/9", "mo", "mn:last-child", "no"),
+])
+def test_functions_and_signs_have_the_spaces_of_tex(drawn, text, left, right, space):
+    "A thin one is a sixth of an em."
+    first, second = boxes(drawn(text), f":scope > {left}", f":scope > {right}")
+    assert (second["left"] - first["right"]) / (20 * 1.08) == pytest.approx({"thin": 1 / 6, "no": 0}[space], abs=0.06)
+
+
+def test_an_index_stands_beside_an_accent_and_bars_are_alike(drawn):
+    root, bar, base, index = boxes(drawn(r"\sqrt{\bar\alpha_t}"), "msqrt", "mover > mo", "mover > mi", "msub > mi")
+    assert base["left"] - 2 <= (bar["left"] + bar["right"]) / 2 <= base["right"] + 2 and bar["top"] <= base["top"] + 1
+    assert index["left"] >= base["right"] - 2 and index["bottom"] > base["bottom"] and root["width"] >= index["right"] - base["left"]
+    page = drawn(r"1 + \lvert a_{10} - b \rvert + 2")
+    (left, right), row = boxes(page, "mrow > mo:first-child", "mrow > mo:last-child"), boxes(page, "mrow")[0]
+    assert left["height"] == right["height"] and right["right"] - left["left"] == pytest.approx(row["width"], abs=1)
+    inside = boxes(page, "mrow > msub", "mrow > mi")
+    assert inside[0]["left"] - left["right"] < 4 and right["left"] - inside[1]["right"] < 4
 
 
 # in a browser

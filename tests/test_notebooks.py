@@ -1,6 +1,7 @@
 "Notebooks, modules and README agree, and nothing is in them that does not belong there."
 
 import ast
+import base64
 import itertools
 import json
 import os
@@ -8,10 +9,12 @@ import re
 import shutil
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
@@ -147,6 +150,22 @@ def test_notebook_is_small(path):
 
 def shows_pictures(cell):
     return any(mime.startswith("image/") for output in cell.get("outputs", []) for mime in output.get("data", {}))
+
+
+def pictures(cell):
+    "The pictures that a cell shows, as files: those of matplotlib and Pillow, and those inside of HTML."
+    for output in cell.get("outputs", []):
+        data = {mime: "".join(text) for mime, text in output.get("data", {}).items() if mime in ("image/png", "image/jpeg", "text/html")}
+        inside = re.findall(r"data:image/(?:png|jpeg|webp);base64,([\w+/=]+)", data.pop("text/html", ""))
+        yield from (BytesIO(base64.b64decode(text)) for text in [*data.values(), *inside])
+
+
+@each_notebook
+def test_pictures_are_no_wider_than_a_column(path):
+    for number, cell in enumerate(cells(path)):
+        for picture in pictures(cell):
+            with Image.open(picture) as opened:
+                assert opened.width <= 900, f"cell {number}: {opened.width} pixels"
 
 
 def fig_alt(cell):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -103,6 +104,8 @@ def reproduce(
     settings: Settings = None,
     aggregation: Annotated[str, option("NAME", "of seeds: mean, or published (as the published code joins them)")] = "mean",
     workers: Annotated[int | None, option("N", "models trained at a time", min=1)] = None,
+    on: Annotated[str | None, option("PLACE", "ray: the Ray cluster of RAY_ADDRESS, else one that is started here; ray=ADDRESS: that "
+                                     "one; by default this machine, without Ray")] = None,
     shareable: Annotated[bool, typer.Option("--shareable", help="show no faces but those of a generator that ships, and no folder of this "
                                                                "machine, so that the results can be passed on")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="tell what would be made and reused, and how long it may take")] = False,
@@ -117,15 +120,17 @@ def reproduce(
     from aimfair import experiments
     if plan:
         told, left_out = experiments.make_plan(profile, **which, store=store or "runs")
-        failed = {}
+        failed, logs = {}, []
     else:
         done = experiments.reproduce(profile, **which, out=out, store=store, aggregation=aggregation, workers=workers,
-                                     shareable=shareable)
+                                     on=on, shareable=shareable)
         told = f"{len(done.files)} files of {len(done.plan.cases)} experiments; report: {done.report}"
-        left_out, failed = done.left_out, done.failed
+        left_out, failed, logs = done.left_out, done.failed, [file for file in done.files if file.suffix == ".log"]
     typer.echo("\n".join([str(told), *(f"left out: {name}: {reason}" for name, reason in left_out.items())]))
     for name, reason in failed.items():
         typer.echo(f"aimfair: failed: {name}: {as_line(reason)}", err=True)
+    for file in logs:
+        typer.echo(f"aimfair: in full: {file}", err=True)
     if failed:
         raise typer.Exit(1)
 
@@ -343,6 +348,7 @@ def prompts_write(
     seed: Seed = 0,
     matched: Annotated[bool, typer.Option("--matched/--no-matched", help="give every group the same contexts")] = True,
     budget: Annotated[int, option("N", "requests at most, in all (or of each group, with --no-matched)", min=1)] = 60,
+    on: Annotated[str | None, option("PLACE", "transformers: ray or ray=ADDRESS, a cluster, as for reproduce")] = None,
     out: Annotated[Path | None, option("FILE", "JSON file to write  [required]", dir_okay=False)] = None,
 ):
     """Have a language model write a prompt set.
@@ -351,8 +357,9 @@ def prompts_write(
     """
     require(out=out)
     from aimfair import prompts
-    written = prompts.write_file(out, task, style, backend=prompts.get_backend(backend, model, base_url, max_tokens),
-                                 per_group=per_group, seed=seed, matched=matched, budget=budget, progress=backend != "grammar")
+    with prompts.backend_on(on, prompts.get_backend(backend, model, base_url, max_tokens)) as writer:
+        written = prompts.write_file(out, task, style, backend=writer, per_group=per_group, seed=seed, matched=matched, budget=budget,
+                                     progress=backend != "grammar")
     typer.echo(f"{out}: {written!r}")
 
 # %% ../../nbs/21_cli/03_commands.ipynb #0d6d6c20
@@ -386,6 +393,18 @@ def _image_server(generator, **options):
         raise ValueError(f"--{given[0].replace('_', '-')} is for an images server: --generator openai:MODEL")
     return generator
 
+
+def _drawn_on(on, generator, config, workers, device):
+    "The generator itself, or with --on that of a cluster, as a context."
+    from aimfair import synthesis
+    if on is None and workers is not None:
+        raise ValueError("--workers counts generators on a cluster: --on ray")
+    if on is None:
+        return nullcontext(generator)
+    if device is not None or not isinstance(generator, str):
+        raise ValueError(f"--on has no use for {'--device' if device is not None else 'an images server'}: leave out one of them")
+    return synthesis.crew(generator, on=on, config=config, workers=workers)
+
 # %% ../../nbs/21_cli/03_commands.ipynb #11eded6b
 @app.command()
 def synthesize(
@@ -410,6 +429,9 @@ def synthesize(
     filters: Annotated[list[str] | None, option("KIND=X", "distinct=0.02, or agreement=0.25@CLIP; may be repeated", "--filter")] = None,
     max_attempts: Annotated[int, option("N", "images made for each one wanted, per group, at most", min=1)] = 10,
     shard: Annotated[str, option("I/N", "do part i of n, from 0/n; parts may run at the same time")] = "0/1",
+    on: Annotated[str | None, option("PLACE", "ray or ray=ADDRESS, as for reproduce: a generator on each GPU, or core, of a cluster")
+                  ] = None,
+    workers: Annotated[int | None, option("N", "with --on: generators at most", min=1)] = None,
     device: Device = None,
 ):
     """Render a prompt set into labelled images.
@@ -424,9 +446,10 @@ def synthesize(
                 "resize": resize, "dtype": dtype, "batch_size": batch_size}
     config = synthesis.make_config(**settings)
     generator = _image_server(generator, base_url=base_url, budget=budget, price=price)
-    rows = synthesis.synthesize(prompts, generator=generator, per_group=per_group, out=out, seed=seed, config=config, style=style,
-                                filters=[_image_filter(text, device) for text in filters or []], max_attempts=max_attempts,
-                                shard=synthesis.parse_shard(shard), device=device)
+    with _drawn_on(on, generator, config, workers, device) as drawing:
+        rows = synthesis.synthesize(prompts, generator=drawing, per_group=per_group, out=out, seed=seed, config=config, style=style,
+                                    filters=[_image_filter(text, device) for text in filters or []], max_attempts=max_attempts,
+                                    shard=synthesis.parse_shard(shard), device=device)
     counts = rows.groupby("group").size()
     typer.echo(f"{out}: {len(rows)} images: {', '.join(f'{n} of {group}' for group, n in counts.items())}")
     if "cost" in rows.attrs:

@@ -19,3 +19,4 @@ from .doctor import *
 from .results import *
 from .notebooks import *
 from .progress import *
+from .cluster import *

@@ -55,15 +55,24 @@ class WorkBar:
         progress: bool,  # False: say nothing
         *, stages: Mapping[str, str] | None = None,  # of jobs; None: each is like the others
         workers: int = 1,  # that share the work
+        images: Mapping[str, float] | None = None,  # that jobs handle; None: nothing is said of them
     ):
         self.forecast, self.workers, self.start = Forecast(seconds, stages or dict.fromkeys(seconds, "")), workers, time.perf_counter()
+        self.images, self.running = images or {}, set()
         self.quiet, self.lock = not progress or not seconds, threading.Lock()
         self.bar = progress_bar(total=1.0, disable=self.quiet, bar_format="{percentage:3.0f} %|{bar}| {elapsed}{postfix}")
         self._show()
 
+    def begin(self, name: str):
+        "A job was handed out."
+        with self.lock:
+            self.running.add(name)
+            self._show()
+
     def __call__(self, name: str, took: float | None = None):  # seconds; None: as was expected
         "A job is done; any thread may say so."
         with self.lock:
+            self.running.discard(name)
             self.forecast.note(name, self.forecast.seconds[name] if took is None else took)
             self._show()
 
@@ -75,9 +84,16 @@ class WorkBar:
     def passed(self) -> float:  # seconds since the start
         return time.perf_counter() - self.start
 
+    @property
+    def state(self) -> str:
+        "Jobs by state, and images a second of all workers together."
+        seen, out = sum(self.images.get(name, 0) for name in self.forecast.took), len(self.running)
+        return (f"{self.done}/{len(self.forecast.seconds)}" + f", {out} running" * (out > 0)
+                + f", {seen / self.passed:.0f} images/s" * (seen > 0))
+
     def _show(self):
         left, passed = self.forecast.left() / self.workers, self.passed
-        self.bar.set_postfix_str(f"about {in_words(left)} left, {self.done}/{len(self.forecast.seconds)}", refresh=False)
+        self.bar.set_postfix_str(f"about {in_words(left)} left, {self.state}", refresh=False)
         self.bar.update(max(0.0, passed / max(passed + left, 1e-9) - self.bar.n))  # it never goes back
 
     def say(self, line: str):

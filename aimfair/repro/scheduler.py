@@ -62,6 +62,7 @@ def run_job(job: Job, root: Path) -> None:
 class Executor(ABC):
     "Where jobs run: a `concurrent.futures.Executor` for jobs, which says how many it wants at a time."
     slots: int  # jobs that it takes at a time
+    workers: int  # jobs that run at a time, about
 
     @abstractmethod
     def submit(self, job: Job, root: str | Path) -> Future:
@@ -78,7 +79,7 @@ class Executor(ABC):
 # %% ../../nbs/17_repro/07_scheduler.ipynb #c4704c7e
 class InProcess(Executor):
     "Runs each job in this process, when it is submitted."
-    slots = 1
+    slots = workers = 1
 
     def submit(self, job, root):
         future = Future()
@@ -125,7 +126,7 @@ class Processes(Executor):
     def __init__(self, workers: int):
         context = _Workers()
         theirs, self.held_open = context.Pipe(duplex=False)
-        self.slots = 2 * workers
+        self.workers, self.slots = workers, 2 * workers
         self.pool = ProcessPoolExecutor(workers, context, _start_worker, (theirs,))
 
     def submit(self, job, root):
@@ -169,6 +170,7 @@ def run_jobs(
     root: str | Path,  # of the store
     executor: Executor,
     advance: Callable[[str], None] = lambda hash: None,  # called when a job is done or has failed
+    begin: Callable[[str], None] = lambda hash: None,  # called when a job is handed out
     waves: Mapping[str, int] | None = None,  # of jobs: those of an earlier wave go first; None: all are of one
 ) -> dict[str, Exception]:  # {hash: what went wrong}, of those that failed or wait for one that did
     "Run jobs as their needs are met, the most urgent of the earliest wave first. Interrupted, it ends those that run; their work stays."
@@ -185,6 +187,7 @@ def run_jobs(
             while ready and len(running) < executor.slots:
                 h = heapq.heappop(ready)[-1]
                 running[executor.submit(jobs[h], root)] = h
+                begin(h)
             for future in executor.wait(running) if running else ():
                 h = running.pop(future)
                 if isinstance(error := future.exception(), BrokenProcessPool):

@@ -36,7 +36,7 @@ def plot_sensitivity(
 ):  # a matplotlib figure
     "Heat map: domain and bias sensitivity of every tensor in the network's order, by rank, and the mask beneath."
     n = len(table)
-    fig = shown_figure(figsize=(min(2.6 + 0.145 * n, 16), 2.3))
+    fig = shown_figure(figsize=(min(2.6 + 0.145 * n, 12), 2.3))
     ax = fig.subplots()
     loud = pd.DataFrame({"domain": (table.domain_rank - 1) / max(n - 1, 1), "bias": 1 - (table.bias_rank - 1) / max(n - 1, 1),
                          "updated": np.where(table.selected, 1.0, np.nan)}).T
@@ -55,7 +55,7 @@ def plot_masks(
     shares = pd.DataFrame({name: mask_shares(model, mask) for name, mask in masks.items()}).T
     total = sum(p.numel() for p in model.parameters())
     sizes = {name: mask_size(model, mask) for name, mask in masks.items()}
-    fig = shown_figure(figsize=(min(3.4 + 0.145 * shares.shape[1], 16), 1.2 + 0.24 * len(shares)))
+    fig = shown_figure(figsize=(min(3.4 + 0.145 * shares.shape[1], 12), 1.2 + 0.24 * len(shares)))
     ax = fig.subplots()
     labels = [f"{name} ({tensors}; {100 * elements / total:.0f} %)" for name, (tensors, elements) in sizes.items()]
     _heat_map(ax, shares, cmap=light_palette("#00224e", as_cmap=True), yticklabels=labels,

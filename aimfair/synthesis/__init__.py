@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/08_synthesis/00_synthesis.ipynb #64a3e29b
-from . import distances, featurespace, filters, folders, gap, generators, rendering, servers, slots
+from . import actors, distances, featurespace, filters, folders, gap, generators, rendering, servers, slots
 from .generators import *
 from .slots import *
 from .folders import *
@@ -16,6 +16,7 @@ from .rendering import *
 from .distances import *
 from .gap import *
 from .servers import *
+from .actors import *
 
 __all__ = [*generators.__all__, *slots.__all__, *folders.__all__, *featurespace.__all__, *filters.__all__, *rendering.__all__,
-           *distances.__all__, *gap.__all__, *servers.__all__]
+           *distances.__all__, *gap.__all__, *servers.__all__, *actors.__all__]

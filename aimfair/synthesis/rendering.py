@@ -63,7 +63,7 @@ def _free_memory():
         torch.cuda.empty_cache()
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #dc621341
-class _Batches:
+class Batches:
     "Jobs rendered batch by batch; the batch is halved where memory runs out."
     def __init__(self, pipe, arguments: dict, size: int): self.pipe, self.arguments, self.size = pipe, arguments, size
 
@@ -174,7 +174,7 @@ def _remember_kept(folder: Journal, slots: Slots, records: list[dict], filters):
                     f.remember(vector, k[3])
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #4589fd78
-def _fill(folder: Journal, slots: Slots, batches: _Batches, resize, filters, max_attempts, progress) -> set[str]:
+def _fill(folder: Journal, slots: Slots, batches: Batches, resize, filters, max_attempts, progress) -> set[str]:
     "Make what is missing; the groups that used up their budget. Whatever ends it leaves a manifest of what is there."
     records = folder.read(slots.prompts.groups)
     slots.refused |= {(r["group"], r["prompt_index"]) for r in records if r["status"] == "refused"}
@@ -197,7 +197,7 @@ def _fill(folder: Journal, slots: Slots, batches: _Batches, resize, filters, max
     return short
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #47ff7bf2
-def _about(pipe, config: SynthesisConfig) -> dict:
+def identity_of(pipe, config: SynthesisConfig) -> dict:
     "What draws, and with what settings."
     if hasattr(pipe, "about"):
         return pipe.about(config)
@@ -210,7 +210,7 @@ def _about(pipe, config: SynthesisConfig) -> dict:
 
 def _identity(prompts: GroupPrompts, pipe, config: SynthesisConfig, seed: int, filters) -> dict:
     "What a set is: everything that its images depend on."
-    about = _about(pipe, config)
+    about = identity_of(pipe, config)
     settings = about.pop("settings")
     return {"digest": prompts.digest, "task": prompts.task, "style": prompts.style, **about, "seed": seed, "settings": settings,
             "filters": [f.describe() for f in filters], "prompts": prompts.groups}
@@ -222,7 +222,7 @@ def _common_facts(identity: dict) -> dict:
     return {"generator": identity["generator"], **{k: settings[k] for k in ("scheduler", "steps", "guidance_scale", "negative_prompt")}}
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #fc0de9cb
-def _warn_long(pipe, prompts: GroupPrompts):
+def warn_long(pipe, prompts: GroupPrompts):
     "Warn about prompts that no text encoder of the pipeline reads to the end."
     readers = [c for c in getattr(pipe, "components", {}).values() if hasattr(c, "model_max_length") and callable(c)]
     if not readers:
@@ -234,7 +234,7 @@ def _warn_long(pipe, prompts: GroupPrompts):
     if long:
         limit = f"the {reader.model_max_length} tokens that {type(pipe).__name__} reads"
         warnings.warn(f"{len(long)} of {len(texts)} prompts are longer than {limit}; their rest is lost, as that of: "
-                      f"{long[0][:100]}{'...' * (len(long[0]) > 100)}", UserWarning, stacklevel=3)
+                      f"{long[0][:100]}{'...' * (len(long[0]) > 100)}", UserWarning, stacklevel=4)
 
 
 def _warn_unread(pipe, prompts: GroupPrompts):
@@ -245,7 +245,7 @@ def _warn_unread(pipe, prompts: GroupPrompts):
     if unread := never_read(sorted(telling), folder or ""):
         warnings.warn(f"{generator_name(pipe)} has never read {listed(map(repr, unread), 6)}, by which groups are told apart: it will not "
                       "draw what is asked, and images would be labelled as if it had; other words may do, or another generator",
-                      UserWarning, stacklevel=3)
+                      UserWarning, stacklevel=4)
 
 
 def _cannot_fill(out, short: set[str], per_group: int, max_attempts: float) -> SynthesisError:
@@ -260,6 +260,12 @@ def _cannot_fill(out, short: set[str], per_group: int, max_attempts: float) -> S
     return SynthesisError(f"{out}: {per_group} images a group cannot be had at {max_attempts:g} attempts each: {'; '.join(groups)}; "
                           "lower the threshold, better the prompts, or allow more max_attempts (what was made is kept)")
 
+
+def warn_of_prompts(pipe, prompts: GroupPrompts):
+    "Warn about prompts that the generator does not read to the end, and about words that it has never read."
+    warn_long(pipe, prompts)
+    _warn_unread(pipe, prompts)
+
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #c2bf715b
 @contextlib.contextmanager
 def _drawing(pipe, config: SynthesisConfig, folder: Journal, slots: Slots):
@@ -268,7 +274,7 @@ def _drawing(pipe, config: SynthesisConfig, folder: Journal, slots: Slots):
         with pipe.session(config, folder, slots) as batches:
             yield batches
     else:
-        yield _Batches(pipe, call_arguments(pipe, config), config.batch_size)
+        yield Batches(pipe, call_arguments(pipe, config), config.batch_size)
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #7f5542d5
 def _generator_in_words(identity):
@@ -376,7 +382,7 @@ def image_set_card(
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #c2747f33
 def synthesize(
     prompts,  # a prompt set, a task's name, a JSON file, or {"1_0": [prompt, ...], ...}
-    *, generator="bundled",  # see `load_generator`, "openai:MODEL", a diffusers text-to-image pipeline, or an `ImageServer`
+    *, generator="bundled",  # see `load_generator`, "openai:MODEL", a diffusers text-to-image pipeline, an `ImageServer`, a `Crew`
     per_group: int,  # images wanted of each group
     out,  # folder of the set
     seed: int = 0,
@@ -402,8 +408,7 @@ def synthesize(
     if local := not hasattr(pipe, "session"):
         config = resolve_config(pipe, config)
         call_arguments(pipe, config)
-        _warn_long(pipe, prompts)
-        _warn_unread(pipe, prompts)
+        warn_of_prompts(pipe, prompts)
     with prepared(pipe, config) if local else contextlib.nullcontext():
         identity = _identity(prompts, pipe, config, seed, filters)
         slots = Slots(prompts, per_group, seed, shard, _common_facts(identity))
@@ -418,7 +423,7 @@ def synthesize(
     if len(manifest) == per_group * len(prompts.groups):  # other shards may still be at work
         with folder.lock():
             write_card(out, image_set_card(out))
-    manifest.attrs |= {"cost": pipe.cost} if not local else {}
+    manifest.attrs |= {"cost": pipe.cost} if hasattr(pipe, "cost") else {}
     return manifest
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #277cb9f4

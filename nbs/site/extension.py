@@ -9,8 +9,8 @@ from typing import get_type_hints
 
 import numpy.typing as npt
 from docutils import nodes
-from docutils.utils.math.latex2mathml import tex2mathml
 from fastcore.docments import docments
+from formulas import mathml
 from names import package
 from sphinx.ext.intersphinx import InventoryAdapter
 from sphinx.transforms.post_transforms import SphinxPostTransform
@@ -239,16 +239,6 @@ class LinkNames(SphinxPostTransform):
 
 
 # formulas as MathML, which browsers draw themselves
-
-def mathml(text: str, block: bool) -> str:
-    "TeX as MathML, after the short forms that docutils does not read are written out."
-    text = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", text).replace("\\dots", "\\ldots")
-    text = re.sub(r"\\(t?frac) *(\d) *(\d)", r"\\\1{\2}{\3}", text)
-    text = re.sub(r"\\(hat|bar|tilde|vec) +(\\[a-zA-Z]+|\w)", r"\\\1{\2}", text)
-    text = re.sub(r"(\\(?:hat|bar|tilde|vec)\{[^{}]+\})(?=[_^])", r"\1{}", text)  # else an index goes below the accent
-    text = text.replace("\\bar{", "\\overline{")
-    return tex2mathml(text, as_block=block).replace('<mo accent="true">_</mo>', '<mo accent="true">¯</mo>')
-
 
 def visit_math(self, node):
     self.body.append(mathml(node.astext(), False))
