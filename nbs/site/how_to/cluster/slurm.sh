@@ -65,10 +65,10 @@ while there < wanted:
     time.sleep(1)
     try:
         socket.create_connection(address.rsplit(":", 1), timeout=5).close()
-    except OSError:
-        continue
-    ray.init(address, ignore_reinit_error=True, logging_level="ERROR", log_to_driver=False)
-    there = sum(node["Alive"] for node in ray.nodes())
+        ray.init(address, ignore_reinit_error=True, logging_level="ERROR", log_to_driver=False)
+        there = sum(node["Alive"] for node in ray.nodes())
+    except (OSError, RuntimeError):  # not yet
+        ray.shutdown()
 ' "$address" "$1" &
   command=$!
   wait -n "$command" "${ray_nodes[@]}"
