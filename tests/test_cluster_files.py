@@ -264,7 +264,7 @@ def test_gpus_are_asked_for_by_workers_alone():
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert limits["nvidia.com/gpu"] == "1" and "nvidia.com/gpu" not in str(head)
     assert head["rayStartParams"]["num-cpus"] == "0"
-    assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"] and cluster["enableInTreeAutoscaling"]
+    assert 1 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"] and cluster["enableInTreeAutoscaling"]
     assert any(toleration["key"] == "nvidia.com/gpu" for toleration in group["template"]["spec"]["tolerations"])
 
 
