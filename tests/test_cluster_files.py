@@ -15,8 +15,10 @@ import sys
 import sysconfig
 import time
 import zipfile
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 import jsonschema
 import pytest
@@ -246,14 +248,15 @@ def test_head_and_workers_see_the_same_and_secrets_are_not_written_down():
     for part in ("image", "env", "volumeMounts"):
         assert head["containers"][0][part] == worker["containers"][0][part]
     names = {variable["name"]: variable for variable in head["containers"][0]["env"]}
-    assert {"AIMFAIR_CELEBA", "AIMFAIR_UTKFACE", "HF_HOME", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"} <= set(names)
+    assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"} <= set(names)
     for name, variable in names.items():
         if re.search("KEY|TOKEN|SECRET", name):
             assert set(variable["valueFrom"]["secretKeyRef"]) >= {"name", "key"} and "value" not in variable
     mounted = {mount["name"]: mount["mountPath"] for mount in worker["containers"][0]["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in worker["volumes"]}
     assert mounted["shm"] == "/dev/shm" and volumes["shm"]["emptyDir"]["medium"] == "Memory"
-    shared = [v["value"] for n, v in names.items() if n.startswith("AIMFAIR") or n.endswith("_HOME")]
+    assert names["AIMFAIR_CACHE"]["value"] == mounted["cache"] and "emptyDir" in volumes["cache"]  # of this Pod alone
+    shared = [names[name]["value"] for name in ("AIMFAIR_CELEBA", "AIMFAIR_UTKFACE", "HF_HOME", "TORCH_HOME")]
     out = next(iter(commands()))[-1]  # what the head writes outlives it
     assert all(path.startswith(mounted["shared"] + "/") for path in [*shared, out])
 
@@ -369,9 +372,16 @@ def program(file, source):
     file.chmod(0o755)
 
 
+class Job(NamedTuple):
+    folder: Path  # of store, results and logs
+    script: Path  # filled in
+    programs: Path  # folder of the environment's programs
+    tell: Callable  # the command, how long it takes and how it ends
+    start: Callable  # the script, without Slurm
+
+
 @pytest.fixture
 def job(tmp_path):
-    "The filled-in script, what the command is told, and the folder of its environment."
     pytest.importorskip("ray")
     programs = tmp_path / "environment/bin"
     programs.mkdir(parents=True)
@@ -383,8 +393,21 @@ def job(tmp_path):
     def tell(seconds=(0,), exit=0):
         (programs / "told.json").write_text(json.dumps({"seconds": seconds, "exit": exit}), encoding="utf-8")
 
+    def start(number, nodes="n1,n2", **environment):
+        "Run the script as Slurm would, on nodes that are this machine."
+        for name, source in (("srun", SRUN), ("scontrol", SCONTROL)):
+            program(programs / name, source)
+        ours = {"SLURM_JOB_ID": str(number), "SLURM_JOB_NODELIST": nodes, "SLURM_CPUS_PER_TASK": "2", **environment}
+        with open(tmp_path / "job.log", "a") as log:
+            started.append(subprocess.Popen(["bash", script], cwd=tmp_path, env={**os.environ, **ours}, stdout=log, stderr=log))
+        return started[-1]
+
     tell()
-    return tmp_path, script, programs, tell
+    started = []
+    yield Job(tmp_path, script, programs, tell, start)
+    for process in started:
+        process.terminate()
+        process.wait(timeout=90)
 
 
 def noted(folder, number=0, within=300):
@@ -394,16 +417,6 @@ def noted(folder, number=0, within=300):
         assert time.monotonic() < end, [log.read_text(encoding="utf-8")[-3000:] for log in folder.glob("*.log")]
         time.sleep(0.2)
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def start(job, number, **environment):
-    "Run the script as Slurm would, on two nodes that are this machine."
-    folder, script, programs, _ = job
-    for name, source in (("srun", SRUN), ("scontrol", SCONTROL)):
-        program(programs / name, source)
-    ours = {"SLURM_JOB_ID": str(number), "SLURM_JOB_NODELIST": "n1,n2", "SLURM_CPUS_PER_TASK": "2", **environment}
-    with open(folder / "job.log", "a") as log:
-        return subprocess.Popen(["bash", script], cwd=folder, env={**os.environ, **ours}, stdout=log, stderr=log, start_new_session=True)
 
 
 def left_over(number):
@@ -431,57 +444,43 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason=
 
 @pytest.mark.slow
 @needs_proc
-def test_script_runs_the_command_on_all_nodes_and_cleans_up(job):
-    folder, _, _, tell = job
-    number = os.getpid() * 10 + 1
-    process = start(job, number)
-    assert process.wait(timeout=400) == 0, (folder / "job.log").read_text(encoding="utf-8")[-3000:]
-    about = noted(folder)
-    host, port = about["words"].pop("--on").removeprefix("ray=").rsplit(":", 1)
-    assert about["words"] == {"--profile": "paper", "--store": str(folder / "store"), "--out": str(folder / "out")}
-    assert about["nodes"] == 2 and about["folder"] == str(folder / "celeba")
-    assert about["mode"] == "token" and len(about["token"]) >= 32 and 1024 < int(port) < 32768 and host
-    assert gone(number) and not list(folder.glob("ray-*"))
-
-
-@pytest.mark.slow
-@needs_proc
 def test_script_tells_of_a_failure_and_keeps_the_logs_of_ray(job):
-    folder, _, programs, tell = job
-    tell(exit=3)
     number = os.getpid() * 10 + 2
-    assert start(job, number).wait(timeout=400) == 3
-    assert list(folder.glob(f"ray-{number}/n1/gcs_server*")) and gone(number)
-    assert not (programs / "calls").exists()  # a mistake is not made again and again
+    job.tell(exit=3)
+    assert job.start(number, nodes="n1").wait(timeout=400) == 3
+    assert list(job.folder.glob(f"ray-{number}/n1/gcs_server*")) and gone(number)
+    assert not (job.programs / "calls").exists()  # a mistake is not made again and again
 
 
 @pytest.mark.slow
 @needs_proc
-def test_script_goes_back_into_the_queue_and_on(job):
-    folder, _, programs, tell = job
-    tell(seconds=[600, 0])
-    number = os.getpid() * 10 + 3
-    process = start(job, number)
+def test_script_runs_the_command_on_all_nodes_goes_back_into_the_queue_and_on(job):
+    folder, number = job.folder, os.getpid() * 10 + 1
+    job.tell(seconds=[600, 0])
+    process = job.start(number)
     first = noted(folder)
+    host, port = first["words"].pop("--on").removeprefix("ray=").rsplit(":", 1)
+    assert first["words"] == {"--profile": "paper", "--store": str(folder / "store"), "--out": str(folder / "out")}
+    assert first["nodes"] == 2 and first["folder"] == str(folder / "celeba")
+    assert first["mode"] == "token" and len(first["token"]) >= 32 and 1024 < int(port) < 32768 and host
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=60) == 0
-    assert (programs / "calls").read_text(encoding="utf-8") == f"requeue {number}\n" and gone(number)
-    assert start(job, number, SLURM_RESTART_COUNT="1").wait(timeout=400) == 0
-    assert noted(folder, 1)["words"] == first["words"] and noted(folder, 1)["token"] != first["token"]
+    assert (job.programs / "calls").read_text(encoding="utf-8") == f"requeue {number}\n" and gone(number)
+    assert job.start(number, SLURM_RESTART_COUNT="1").wait(timeout=400) == 0
+    second = noted(folder, 1)
+    assert second["nodes"] == 2 and second["token"] != first["token"] and gone(number) and not list(folder.glob("ray-*"))
     assert "begun 1 times before" in (folder / "job.log").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 @needs_proc
 def test_script_ends_at_once_where_ray_does_not_start(job):
-    folder, _, programs, _ = job
-    program(programs / "ray", "import sys\nsys.exit('no Ray here')\n")
-    number = os.getpid() * 10 + 4
-    began = time.monotonic()
-    assert start(job, number).wait(timeout=120) == 1
-    said = (folder / "job.log").read_text(encoding="utf-8")
+    number, began = os.getpid() * 10 + 3, time.monotonic()
+    program(job.programs / "ray", "import sys\nsys.exit('no Ray here')\n")
+    assert job.start(number).wait(timeout=120) == 1
+    said = (job.folder / "job.log").read_text(encoding="utf-8")
     assert said.count("no Ray here") == 3 and "a node of Ray did not start" in said and time.monotonic() - began < 90
-    assert gone(number) and not (folder / "store").exists()
+    assert gone(number) and not (job.folder / "store").exists()
 
 
 # the same with Slurm itself, where it is installed
@@ -559,9 +558,9 @@ def slurm(tmp_path):
 @pytest.mark.slow
 @needs_proc
 def test_slurm_itself_runs_the_script_and_takes_it_back(job, slurm):
-    folder, script, _, tell = job
-    tell(seconds=[600, 0])
-    number = slurm("sbatch", "--parsable", script).strip()
+    folder = job.folder
+    job.tell(seconds=[600, 0])
+    number = slurm("sbatch", "--parsable", job.script).strip()
 
     def until(state):
         end = time.monotonic() + 300

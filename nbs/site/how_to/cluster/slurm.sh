@@ -71,11 +71,13 @@ while there < wanted:
         ray.shutdown()
 ' "$address" "$1" &
   command=$!
-  wait -n "$command" "${ray_nodes[@]}"
-  if kill -0 "$command" 2>/dev/null; then
+  local status=0
+  wait -n "$command" "${ray_nodes[@]}" || status=$?
+  if kill -0 "$command" 2>/dev/null; then  # it was one of the others that ended
     echo "aimfair: a node of Ray did not start; see above" >&2
-    return 1
+    status=1
   fi
+  return "$status"
 }
 
 clean_up() {  # no process and no file of Ray stays; after a failure its logs do, beside the output
