@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -214,6 +215,16 @@ class TestAddresses:
         there = store.there(some)
         assert time.perf_counter() - start < 2 and there == {a.hash for a in some[::2]}
         assert all(store.has(a) for a in some[::2])  # once seen, they stay: nobody asks again
+
+
+    @pytest.mark.slow
+    def test_endpoint_and_keys_may_come_from_variables_of_fsspec(self, s3, tmp_path):
+        made(RemoteStore("s3://bucket/configured", copies=tmp_path))
+        keep = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        theirs = {"FSSPEC_S3_ENDPOINT_URL": s3.url, "FSSPEC_S3_KEY": "key", "FSSPEC_S3_SECRET": "recognisableSecret"}
+        done = subprocess.run([sys.executable, "-m", "aimfair.cli", "status", "--store", "s3://bucket/configured"],
+                              env=keep | theirs | {"AIMFAIR_CACHE": str(tmp_path)}, capture_output=True, text=True)
+        assert done.returncode == 0 and ONE.hash in done.stdout and "recognisableSecret" not in done.stdout + done.stderr, done.stderr
 
 
 class TestDamage:
@@ -496,12 +507,11 @@ class TestDeathAtEveryStep:
         monkeypatch.setattr("aimfair.repro.store.at_once", lambda do, items, most=16: [do(i) for i in items])  # in one order
 
     @pytest.mark.parametrize("when", ["before", "after", "half"])
-    @pytest.mark.parametrize("next_one", ["itself", "another"])
-    def test_while_it_makes_and_shares(self, tmp_path, when, next_one):
+    def test_while_it_makes_and_shares(self, tmp_path, when):
         for call in itertools.count(1):
-            address, copies = f"memory://making-{when}-{next_one}-{call}", tmp_path / f"{call}"
+            address, copies = f"memory://making-{when}-{call}", tmp_path / f"{call}"
             died = dies(address, copies / "victim", ONE, call, when)
-            finishes = RemoteStore(address, copies=copies / ("victim" if next_one == "itself" else "b"))
+            finishes = RemoteStore(address, copies=copies / ("victim" if (call + (when == "after")) % 2 else "b"))
             if finishes.has(ONE):  # absent, or whole as it is
                 made(RemoteStore(address, copies=copies / "looks"))
             files = made(finishes)
@@ -579,7 +589,7 @@ class Cluster(RuleBasedStateMachine):
 
 
 TestCluster = Cluster.TestCase
-TestCluster.settings = settings(max_examples=12, stateful_step_count=12, deadline=None)
+TestCluster.settings = settings(max_examples=8, stateful_step_count=12, deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -684,8 +694,6 @@ class TestErrors:
     def test_the_doctor_names_a_store_that_cannot_be_read(self, s3, capfd):
         assert main(["doctor", "--profile", "toy", "--store", "s3://nobucket/runs"]) == 1
         assert "missing store             s3://nobucket/runs: The specified bucket does not exist" in capfd.readouterr().out
-        assert main(["doctor", "--profile", "toy", "--store", "s3://bucket/nothing"]) == 0
-        assert "s3://bucket/nothing: nothing there yet" in capfd.readouterr().out
 
 
 @pytest.mark.slow
@@ -777,7 +785,7 @@ def test_processes_killed_at_any_moment(kind, forks, tmp_path, request):
 
     for turn in range(10 * KILLS):
         shutil.rmtree(tmp_path / "copies", ignore_errors=True)
-        victim, other = start("a", turn), start("b", turn)
+        victim, other = start("a", turn), start(chance.choice("ab"), turn)  # another machine, or the same
         time.sleep(chance.uniform(0, 1.2 * usual))
         victim.kill()
         victim.join()
