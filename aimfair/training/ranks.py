@@ -275,13 +275,14 @@ class _WholeBatchNorm(torch.autograd.Function):
     def backward(ctx, grad, *_):
         x, weight, mean, scale, n = ctx.saved_tensors
         g, dims = _wide(grad), [0, *range(2, x.ndim)]
-        normal = (_wide(x) - _by_channel(mean, x)).mul_(_by_channel(scale, x))
-        own = torch.stack([g.sum(dims), (g * normal).sum(dims)])
+        apart = _wide(x) - _by_channel(mean, x)
+        own = torch.stack([g.sum(dims), (g * apart).sum(dims) * scale])
         shift, slope = (ctx.ranks.sum(own.to(torch.float64, copy=True)) / n).to(g.dtype)
-        if ctx.counts:
-            g = g - normal.mul_(_by_channel(slope, x)).add_(_by_channel(shift, x))
-        of_weight, of_bias = (own[i] if needed else None for i, needed in ((1, ctx.needs_input_grad[1]), (0, ctx.needs_input_grad[2])))
-        return g * _by_channel(scale if weight is None else scale * weight, x), of_weight, of_bias, None, None, None
+        whole = scale if weight is None else scale * weight
+        of_x = g * _by_channel(whole, x)
+        if ctx.counts:  # whole (g - shift - slope scale apart)
+            of_x.addcmul_(apart, _by_channel(-whole * slope * scale, x)).sub_(_by_channel(whole * shift, x))
+        return of_x, *(own[i] if ctx.needs_input_grad[2 - i] else None for i in (1, 0)), None, None, None
 
 # %% ../../nbs/10_training/02b_ranks.ipynb #905eebe2
 class WholeBatches(TorchFunctionMode):
