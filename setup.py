@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-EXTRAS = ("lab", "explore", "llm", "hub", "timm", "imagenet", "peft", "tensorboard", "trackio", "s3", "docs", "dev")
+EXTRAS = ("lab", "explore", "llm", "hub", "timm", "imagenet", "peft", "tensorboard", "trackio", "ray", "s3", "docs", "dev")
 
 
 def read_settings():

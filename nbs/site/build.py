@@ -158,6 +158,7 @@ def stage_pages(source: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)
     shutil.copytree(HERE / "_static", source / "_static")
+    shutil.copytree(HERE / "how_to/cluster", source / "how_to/cluster")
     there = [f.stem for f in sorted((NOTEBOOKS / "tutorials").glob("*.ipynb"))]
     tutorials = sorted(there, key=lambda n: (TUTORIALS.index(n) if n in TUTORIALS else len(TUTORIALS), n))
     lines = [line_of(read_chapter(NOTEBOOKS / f"{path}.ipynb")) for path in ("index", *(f"tutorials/{n}" for n in tutorials))]
