@@ -179,9 +179,8 @@ class Readable(Place):
             with suppress(FileNotFoundError):
                 return (self.folder / name).read_bytes()
             return None
-        with tempfile.TemporaryDirectory() as folder:  # to copy a file takes fewer requests than to open it
-            file = Path(folder) / "content"
-            return file.read_bytes() if self.fetch(name, file) else None
+        with tempfile.NamedTemporaryFile() as file:  # to copy a file takes fewer requests than to open it
+            return Path(file.name).read_bytes() if self.fetch(name, Path(file.name)) else None
 
     def names(self, folder: str = "") -> list[str]:
         "Names of files and folders right below a folder; none where there is no such folder."
