@@ -142,35 +142,32 @@ class TestTwoNodes:
 
     def test_random_kills_change_no_byte_and_leave_no_lock(self, alone, two_nodes, tmp_path):
         "Drivers, workers and nodes, with both executors, at any moment; a store that is full is compared, and a new one begun."
-        kills, chance, whole, number = int(os.environ.get("AIMFAIR_KILLS", 20)), random.Random(5), contents(alone), 0
+        kills, chance, whole, store = int(os.environ.get("AIMFAIR_KILLS", 20)), random.Random(5), contents(alone), tmp_path / "0"
         counts = {"driver": 0, "worker": 0, "node": 0}
-        store = tmp_path / "0"
         while sum(counts.values()) < kills:
             on = chance.choice(["", two_nodes.on])
             process = driver(store, on)
-            try:
-                process.wait(chance.uniform(1, 25))
-            except subprocess.TimeoutExpired:
-                victim = chance.choice(["driver", "worker", "node"] if on else ["driver"])
+            while process.poll() is None:  # a job that was lost again and again ends it, too
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(chance.uniform(1, 12))
+                    break
+                victim = chance.choice(["driver", "worker", "worker", "node"] if on else ["driver"])
                 counts[victim] += 1
                 if victim == "worker":
                     for worker in list(two_nodes.workers())[:1]:
                         worker.kill()
                 elif victim == "node":
                     two_nodes.lose_a_node()
+                    two_nodes.mend()
                 else:
                     process.kill()
-                    process.communicate()
-                if victim != "driver":
-                    finish(process)
-                two_nodes.mend()
+            process.communicate()
             if len(done(store)) == len(done(alone)):
                 assert contents(store) == whole, f"{store} after {counts}"
-                number += 1
-                store = tmp_path / str(number)
+                store = tmp_path / str(int(store.name) + 1)
         finish(driver(store))
         assert contents(store) == whole, f"{store} after {counts}"
-        print(f"{counts}, {number + 1} stores, no byte differs")
+        print(f"{counts}, {int(store.name) + 1} stores, no byte differs")
 
     def test_a_failed_job_is_told_as_on_this_machine(self, two_nodes, tmp_path):
         settings = [f"{k}={'none' if v is None else str(v).lower()}" for k, v in (TINY | {"mask.ks": [1]}).items()]
