@@ -247,12 +247,12 @@ def test_reproduce_passes_its_options_on(monkeypatch, capsys):
 
     stand_in(monkeypatch, "experiments", reproduce=reproduce)
     assert main(["reproduce"]) == 0
-    words = "reproduce --profile celeba64 --only a --only b --seeds 2 --out o --store s --set data.root=/x=y --set k=4 --workers 2"
+    words = "reproduce --profile celeba64 --only a --only b --seeds 2 --out o --store s --set data.root=/x=y --set k=4 --workers 2 --on ray=auto"
     assert main([*words.split(), "--aggregation", "published", "--shareable"]) == 0
     nothing = {"only": None, "seeds": None, "out": None, "store": None, "settings": {}, "workers": None, "aggregation": "mean",
-               "shareable": False}
+               "on": None, "shareable": False}
     given = {"only": ["a", "b"], "seeds": 2, "out": Path("o"), "store": "s", "settings": {"data.root": "/x=y", "k": "4"},
-             "workers": 2, "aggregation": "published", "shareable": True}
+             "workers": 2, "aggregation": "published", "on": "ray=auto", "shareable": True}
     assert calls == [("toy", nothing), ("celeba64", given)]
     assert capsys.readouterr().out == f"1 files of 1 experiments; report: {Path('figures/report.html')}\n" * 2
 
@@ -348,10 +348,10 @@ def test_an_extra_that_is_named_brings_the_package(repository):
     "Whatever is missing: the line names an extra only where settings.ini has it, with that package in it."
     written = ConfigParser(delimiters=["="], interpolation=None)
     written.read(repository / "settings.ini")
-    extras = {name.removesuffix("_requirements"): packages.split() for name, packages in written["DEFAULT"].items()
+    extras = {name.removesuffix("_requirements"): re.findall(r"(\S+?)(?:[<>=]\S*)?(?:\s|$)", packages) for name, packages in written["DEFAULT"].items()
               if name.endswith("_requirements") and name != "dev_requirements"}
     packages = {package for some in extras.values() for package in some}
-    for name in (*packages, "ray", "no_such_package"):
+    for name in (*packages, "dask", "no_such_package"):
         line = explain(ModuleNotFoundError(name=name.replace("-", "_")))[1]
         extra = re.search(r"aimfair\[(\w+)\]", line)
         assert name in extras[extra[1]] if extra else line.endswith(f"pip install {name.replace('-', '_')}")

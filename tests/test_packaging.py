@@ -80,7 +80,7 @@ def test_wheel_is_described(distributions):
     assert re.search(r"^License(-Expression)?: Apache-2.0$", metadata, re.M)
     assert re.search(rf"^Requires-Python: >={settings()['min_python']}$", metadata, re.M)
     assert set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M)) == {
-        "lab", "explore", "docs", "llm", "hub", "timm", "imagenet", "peft", "tensorboard", "trackio", "s3", "dev"}
+        "lab", "explore", "docs", "llm", "hub", "timm", "imagenet", "peft", "tensorboard", "trackio", "ray", "s3", "dev"}
     assert "aimfair = aimfair.cli:main" in scripts
 
 

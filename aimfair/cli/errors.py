@@ -33,7 +33,7 @@ def _usage(error):
 
 # %% ../../nbs/21_cli/01_errors.ipynb #15939ebf
 _EXTRAS = {"timm": "timm", "datasets": "hub", "openai": "llm", "gguf": "llm", "jupyterlab": "lab", "ipywidgets": "lab", "peft": "peft",
-           "s3fs": "s3",
+           "ray": "ray", "s3fs": "s3",
            "tensorboard": "tensorboard", "trackio": "trackio", "plotly": "explore", "anywidget": "explore", "voila": "explore"}
 _MENDABLE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
 
