@@ -247,8 +247,8 @@ def test_reproduce_passes_its_options_on(monkeypatch, capsys):
 
     stand_in(monkeypatch, "experiments", reproduce=reproduce)
     assert main(["reproduce"]) == 0
-    words = "reproduce --profile celeba64 --only a --only b --seeds 2 --out o --store s --set data.root=/x=y --set k=4 --workers 2 --on ray=auto"
-    assert main([*words.split(), "--aggregation", "published", "--shareable"]) == 0
+    words = "reproduce --profile celeba64 --only a --only b --seeds 2 --out o --store s --set data.root=/x=y --set k=4 --workers 2"
+    assert main([*words.split(), "--on", "ray=auto", "--aggregation", "published", "--shareable"]) == 0
     nothing = {"only": None, "seeds": None, "out": None, "store": None, "settings": {}, "workers": None, "aggregation": "mean",
                "on": None, "shareable": False}
     given = {"only": ["a", "b"], "seeds": 2, "out": Path("o"), "store": "s", "settings": {"data.root": "/x=y", "k": "4"},
@@ -348,8 +348,8 @@ def test_an_extra_that_is_named_brings_the_package(repository):
     "Whatever is missing: the line names an extra only where settings.ini has it, with that package in it."
     written = ConfigParser(delimiters=["="], interpolation=None)
     written.read(repository / "settings.ini")
-    extras = {name.removesuffix("_requirements"): re.findall(r"(\S+?)(?:[<>=]\S*)?(?:\s|$)", packages) for name, packages in written["DEFAULT"].items()
-              if name.endswith("_requirements") and name != "dev_requirements"}
+    extras = {name.removesuffix("_requirements"): [re.split("[<>=]", package)[0] for package in packages.split()]
+              for name, packages in written["DEFAULT"].items() if name.endswith("_requirements") and name != "dev_requirements"}
     packages = {package for some in extras.values() for package in some}
     for name in (*packages, "dask", "no_such_package"):
         line = explain(ModuleNotFoundError(name=name.replace("-", "_")))[1]
