@@ -96,8 +96,8 @@ class TwoNodes:
         found = {}
         for node in (self.cluster.head_node, self.second):
             raylet = node.all_processes["raylet"][0].process.pid
-            for process in psutil.Process(raylet).children() if psutil.pid_exists(raylet) else ():
-                with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may end meanwhile
+                for process in psutil.Process(raylet).children():
                     title = " ".join(process.cmdline())
                     if title.startswith("ray::") and not re.search("IDLE|Agent", title):
                         found[process] = title
@@ -107,7 +107,13 @@ class TwoNodes:
 @pytest.fixture(scope="module")
 def two_nodes():
     pytest.importorskip("ray")
-    nodes = TwoNodes()
+    for turn in range(3):  # Ray waits half a minute for a node, which is little on a busy machine
+        try:
+            nodes = TwoNodes()
+            break
+        except Exception:
+            if turn == 2:
+                raise
     yield nodes
     nodes.cluster.shutdown()
 
