@@ -772,6 +772,13 @@ def test_processes_killed_at_any_moment(kind, forks, tmp_path, request):
         process.start()
         return process
 
+    def kill(process):
+        "Kill a process that runs; whether it did."
+        if process.is_alive():
+            process.kill()
+        process.join()
+        return process.exitcode != 0
+
     def ends(process):
         process.join(120)
         assert process.exitcode == 0, "blocked" if process.exitcode is None else process.exitcode
@@ -787,9 +794,7 @@ def test_processes_killed_at_any_moment(kind, forks, tmp_path, request):
         shutil.rmtree(tmp_path / "copies", ignore_errors=True)
         victim, other = start("a", turn), start(chance.choice("ab"), turn)  # another machine, or the same
         time.sleep(chance.uniform(0, 1.2 * usual))
-        victim.kill()
-        victim.join()
-        killed += victim.exitcode != 0
+        killed += kill(victim)
         check(turn)  # whole or absent
         began = time.monotonic()
         after = start(chance.choice("ac"), turn)  # the same machine again, or a new one
@@ -801,9 +806,7 @@ def test_processes_killed_at_any_moment(kind, forks, tmp_path, request):
         if kind != "folder":  # another machine copies all of it, and is killed on the way; nothing is made again
             late = start("late", turn, pause=9)
             time.sleep(chance.uniform(0, 0.5 * usual))
-            late.kill()
-            late.join()
-            killed += late.exitcode != 0
+            killed += kill(late)
             ends(start("late", turn, pause=9))
             for copy in (tmp_path / "copies").glob("*/*/*/*/artifact.json"):
                 assert ".shared" in str(copy) or machines.read(copy.parent) == found[copy.parent.name], copy
