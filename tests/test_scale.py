@@ -8,14 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aimfair.device import ray_cluster
 from aimfair.repro import (
     Artifact,
     DrawCelebA,
     Executor,
     Job,
     Machines,
-    OnRay,
     Processes,
     Resources,
     Simulated,
@@ -318,18 +316,3 @@ def test_a_real_run_takes_as_long_as_was_said(repository, tmp_path, name):
     said = {how: simulate(plan, two, seconds=plan.seconds, took=took).makespan for how, took in (("jobs", noted), ("rates", by_rates))}
     assert sum(noted.values()) / 2 < real  # two workers are no faster than two
     assert said == {how: pytest.approx(real, rel=0.25) for how in said}, f"startup {startup:.1f} s, overhead {overhead:.3f} s"
-
-
-@pytest.mark.slow
-def test_a_real_run_on_a_cluster_takes_as_long_as_was_said(repository, tmp_path, monkeypatch):
-    "Two workers of Ray, which are warm; the tables of two experiments."
-    pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # other tests of this process start nodes without a password
-    plan, _ = make_plan(repository / "tests" / "tiny.toml", ["finetuning_strategies", "ablation_top_k"], store=tmp_path / "runs")
-    with ray_cluster("ray=local", cpus=2) as ray:
-        _, overhead = worker_costs(OnRay(ray), 2, tmp_path / "costs")
-        real = timed_run(plan, OnRay(ray))
-    noted = seconds_noted(plan.jobs, plan.store)
-    said = simulate(plan, Machines(gpus=0, cpus=2, startup=0, overhead=overhead), seconds=plan.seconds, took=noted).makespan
-    assert sum(noted.values()) / 2 < real
-    assert said == pytest.approx(real, rel=0.25), f"overhead {overhead:.3f} s"
