@@ -299,7 +299,7 @@ def test_three_jobs_on_two_workers_take_two_turns(tmp_path, name):
     noted = seconds_noted(draw, Store(tmp_path))
     said = Simulated(Machines(gpus=0, cpus=2, startup=0, overhead=overhead), noted)
     run_jobs(draw, dict.fromkeys(draw, 1.0), tmp_path, said)
-    assert what_ran(said).end.max() == pytest.approx(done[-1], rel=0.15)
+    assert what_ran(said).end.max() == pytest.approx(done[-1], rel=0.2)
 
 
 @pytest.mark.slow
