@@ -184,6 +184,7 @@ class Reproduction:
     failed: dict[str, str] = field(default_factory=dict)  # {experiment: why}
     left_out: dict[str, str] = field(default_factory=dict)  # {experiment, or experiment: method: why}
     shown: list[str] = field(default_factory=list)  # experiments whose notebooks were executed
+    extra: list[Section] = field(default_factory=list)  # of the report, beside the experiments; drawn once
     made: int = 0  # artifacts computed
     report: Path | None = None
 
@@ -253,14 +254,14 @@ def bind(
     profile = done.plan.profile
     there = [n for n in done.plan.cases if n in done.shown or n in done.failed]
     pages = [Section.from_notebook(out / "notebooks" / f"{n}.ipynb", name=n, error=done.failed.get(n)) for n in there]
-    pages += threshold_section(done, out)
+    done.extra = done.extra or threshold_section(done, out)
     some = f"{len(there)} of {len(done.plan.cases)}; the others were not finished when this was written"
     unfinished = {"Experiments": some} if len(there) < len(done.plan.cases) else {}
     about = {"profile": profile.name, "seeds": done.plan.seeds, "made": done.made, "reused": len(done.plan.jobs) - done.made,
              **unfinished, "seconds": round(seconds), "store": str(done.plan.store.where), "out": str(out)}
     names = list(settings_of(Profile(name="")))
     differences = [*DIFFERENCES, *against_paper(profile), *(f"Left out: {n}: {why}." for n, why in done.left_out.items())]
-    return write_html_report(out / "report.html", folder=out, experiments=pages, configuration=settings_of(profile),
+    return write_html_report(out / "report.html", folder=out, experiments=[*pages, *done.extra], configuration=settings_of(profile),
                              changed=[full_name(k, names) for k in settings], about=about, differences=differences)
 
 # %% ../nbs/18_experiments.ipynb #53bd29e7

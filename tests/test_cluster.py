@@ -33,10 +33,15 @@ run("toy", seeds=2, settings={TINY!r}, store=sys.argv[1], on=sys.argv[2] or None
 """
 
 
+def without_ray():
+    "The environment, without what other tests have said of Ray."
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+
+
 def driver(store, on=""):
     "A process that computes the strategies of the tiny profile."
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", RUN, str(store), on], env=clean, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    env = without_ray() | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", RUN, str(store), on], env=env, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 def finish(process):
@@ -200,9 +205,8 @@ with crew("bundled", on=sys.argv[2], config=SynthesisConfig(batch_size=4, steps=
 def test_a_lost_actor_is_replaced_and_the_set_is_that_of_one_process(two_nodes, tmp_path):
     alone = synthesize("toy-smiling-male", per_group=24, out=tmp_path / "one", config=SynthesisConfig(batch_size=4, steps=12),
                        progress=False, device="cpu")
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     made = tmp_path / "two"
-    process = subprocess.Popen([sys.executable, "-c", SET, str(made), two_nodes.on], env=clean, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", SET, str(made), two_nodes.on], env=without_ray(), stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(list(made.glob("*_*/*.png"))) >= 16, process)
     before = {p: p.stat().st_mtime_ns for p in made.glob("*_*/*.png")}
     assert 16 <= len(before) < 96
@@ -262,8 +266,7 @@ def test_an_empty_job_costs_little(tmp_path):
 
 @pytest.mark.slow
 def test_an_empty_job_costs_little_on_a_cluster(two_nodes, tmp_path):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    out = subprocess.run([sys.executable, "-c", OVERHEAD, str(tmp_path), two_nodes.on], env=clean, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", OVERHEAD, str(tmp_path), two_nodes.on], env=without_ray(), capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
     assert min(map(float, out.stdout.split())) < 0.05, out.stdout
 

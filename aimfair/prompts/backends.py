@@ -93,11 +93,10 @@ class RemoteBackend:
 
     def complete(self, request: Request, *, seed: int) -> list[str]:
         "As the model answers. Raises `PromptError`."
+        from aimfair.device import returned
         for _ in range(self.tries):
             try:
-                return self.ray.get(self.actor.complete.remote(request, seed))
-            except self.ray.exceptions.RayTaskError as error:
-                raise error.cause from None
+                return returned(self.ray, self.actor.complete.remote(request, seed))
             except self.ray.exceptions.RayActorError:
                 self.actor = self.start()
         raise PromptError(f"the node that runs {self.model} was lost {self.tries} times, perhaps for want of memory")

@@ -132,19 +132,19 @@ class OnRay(Executor):
         self.ray, self.open, self.task, there = ray, {}, ray.remote(max_retries=retries)(run_there), ray.cluster_resources()
         self.gpu_memory = ray.get(ray.remote(num_gpus=1)(gpu_bytes).remote()) if there.get("GPU") else None
         self.workers = int(4 * there.get("GPU", 0)) or max(1, int(there.get("CPU", 1) / threads))
+        self.look()
 
-    @property
-    def nodes(self) -> list[dict]:
-        "What each node has."
-        return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+    def look(self):
+        "See which nodes there are, and what each has: once before jobs are handed out, however many."
+        self.nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
 
     @property
     def slots(self) -> int:
         "As many jobs as are out, and one more where there is room."
-        nodes, asked = self.nodes, [asked for _, asked in self.open.values()]
-        ahead = len(nodes) * (asked[-1] if asked else Resources(1))[0]
-        has = [sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU", "memory")]
-        room = [has[0] + ahead, has[1] + len(nodes), 2 * has[2]]
+        asked = [asked for _, asked in self.open.values()]
+        ahead = len(self.nodes) * (asked[-1] if asked else Resources(1))[0]
+        has = [sum(node.get(name, 0) for node in self.nodes) for name in ("CPU", "GPU", "memory")]
+        room = [has[0] + ahead, has[1] + len(self.nodes), 2 * has[2]]
         return len(asked) + all(sum(a[i] for a in asked) < most for i, most in enumerate(room) if most)
 
     def submit(self, job, root):
@@ -164,6 +164,7 @@ class OnRay(Executor):
         done = super().wait(running)
         for future in done:
             del self.open[future]
+        self.look()
         return done
 
     def close(self, at_once):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..core import one_line
-from ..device import ClusterError, ray_cluster
+from ..device import ClusterError, ray_cluster, returned
 from .folders import Journal
 from .generators import SynthesisConfig, SynthesisError
 from .generators import call_arguments, load_generator, prepared, resolve_config
@@ -67,6 +67,9 @@ class Renderer:
         return images
 
 # %% ../../nbs/08_synthesis/10_actors.ipynb #68d1f531
+def _slot(job): return job["group"], job["index"], job["attempt"]
+
+
 @dataclass
 class Batch:
     "Jobs under way."
@@ -77,7 +80,7 @@ class Batch:
 
     @property
     def slots(self) -> set:
-        return {(job["group"], job["index"], job["attempt"]) for job in self.jobs}
+        return set(map(_slot, self.jobs))
 
 
 class Stream:
@@ -100,9 +103,9 @@ class Stream:
 
     def __call__(self, jobs: list[dict]) -> tuple[list[dict], list]:
         "The first jobs that were begun, and their images. Raises `SynthesisError`."
-        slots = {(job["group"], job["index"], job["attempt"]) for job in jobs}
+        slots = set(map(_slot, jobs))
         taken = {slot for batch in self.under_way for slot in batch.slots}
-        self.begin([job for job in jobs if (job["group"], job["index"], job["attempt"]) not in taken])
+        self.begin([job for job in jobs if _slot(job) not in taken])
         first = next(batch for batch in self.under_way if batch.slots <= slots)
         while (images := self.crew.drawn(first)) is None:  # its actor was lost, and with it all that it had
             for place, batch in enumerate(self.under_way):
@@ -135,9 +138,7 @@ class Crew:
     def ask(self, ref):
         "What an actor answers. Raises what went wrong there, or `ClusterError`."
         try:
-            return self.ray.get(ref)
-        except self.ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+            return returned(self.ray, ref)
         except self.ray.exceptions.RayActorError as error:
             raise ClusterError(f"the generator could not be loaded on a node, perhaps for want of memory: {one_line(error)}") from None
 
@@ -155,9 +156,7 @@ class Crew:
     def drawn(self, batch: Batch) -> list | None:
         "The images of a batch; None where its actor was lost, whose place a new one takes."
         try:
-            return self.ray.get(batch.ref)
-        except self.ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+            return returned(self.ray, batch.ref)
         except self.ray.exceptions.RayActorError:
             self.actors[batch.actor] = self.remote.remote(*self.what)
             return None
