@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DataError', 'DataWarning', 'one_line', 'of_network', 'listed', 'did_you_mean', 'unknown', 'SettingsError', 'Settings',
            'user_path', 'read_settings', 'parse_ratio', 'whole_file', 'write_whole', 'put_in_place', 'whole_folder',
-           'read_lines', 'append_lines', 'digest', 'file_digest', 'asset', 'cores', 'launched', 'in_words',
-           'quiet_libraries', 'progress_bar', 'shown_figure', 'Html', 'as_html', 'html_table', 'html_bar', 'html_curve',
-           'data_url', 'html_strip']
+           'remove_unfinished', 'only_worker', 'read_lines', 'append_lines', 'digest', 'file_digest', 'asset', 'cores',
+           'launched', 'in_words', 'quiet_libraries', 'progress_bar', 'shown_figure', 'Html', 'as_html', 'html_table',
+           'html_bar', 'html_curve', 'data_url', 'html_strip']
 
 # %% ../nbs/00_core.ipynb #cde4601d
 import base64
@@ -18,6 +18,7 @@ import html
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -252,6 +253,38 @@ def whole_folder(
             put_in_place(aside, target, overwrite)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+# %% ../nbs/00_core.ipynb #9bcd2852
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{12}\.tmp|\.tmp\w{6}")  # names of ours, and of safetensors
+
+
+def remove_unfinished(
+    folder: str | Path,  # in which no other process writes; may be missing
+) -> None:
+    "Remove what processes that were killed left half written, in all folders within."
+    for where, folders, files in os.walk(user_path(folder)):
+        for name in filter(_UNFINISHED.fullmatch, files):
+            (Path(where) / name).unlink()
+        for name in filter(_UNFINISHED.fullmatch, folders[:]):
+            shutil.rmtree(Path(where) / name)
+            folders.remove(name)
+
+
+@contextmanager
+def only_worker(
+    folder: Path,  # in which the work is done; made where it is missing
+    out: Path,  # named in the error
+) -> Iterator[None]:
+    "One process works on a folder at a time, and begins by removing what is unfinished. Raises `ValueError` for another."
+    from filelock import FileLock, Timeout
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            remove_unfinished(folder)
+            yield
+    except Timeout:
+        raise ValueError(f"another process is at work on {out}; wait for it, or name another folder") from None
+    (folder / "lock").unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #766b566f
 def read_lines(

@@ -603,7 +603,7 @@ def test_killed_at_any_moment_the_cache_is_whole(tmp_path):
         process = start_loader(tmp_path, 0.01)
         process.stdout.readline()
         assert kill_when(process, lambda target=target: len(stored_keys(tmp_path)) >= target)
-    for name in ("aside-left", ".shard-left.0.tmp"):
+    for name in (".shard-left.0123456789ab.tmp", ".shard-left.ba9876543210.tmp"):
         (tmp_path / "cache" / "faces-v1-16px" / name).mkdir(parents=True, exist_ok=True)
     done = len(stored_keys(tmp_path))
     faces, opened = count_opened(table, size=16, cache=tmp_path / "cache")

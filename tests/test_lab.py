@@ -117,16 +117,19 @@ def visit(browser, lab):
     assert not asked, asked[:5]
 
 
+IN_FRONT = ".jp-NotebookPanel:not(.lm-mod-hidden)"
+
+
 def idle(page):
-    "Waits until the kernel of the notebook in front has nothing to do."
-    page.locator("#jp-main-statusbar").get_by_text(re.compile(r"\(ipykernel\) \| Idle")).wait_for()
+    "Waits until the kernel of the notebook in front is there, and has nothing to do; what is asked of it before is lost."
+    page.locator(f"{IN_FRONT} .jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
 
 
 def opened(page, name):
     "The notebook that is in front, once its kernel is ready."
     page.locator(".lm-DockPanel .lm-mod-current .lm-TabBar-tabLabel", has_text=re.compile(f"^{re.escape(name)}$")).wait_for()
     idle(page)
-    return page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
+    return page.locator(IN_FRONT)
 
 
 def code(path):
@@ -140,7 +143,15 @@ def run_all(page, path):
     page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     prompts = panel.locator(".jp-CodeCell .jp-InputPrompt")
-    until(lambda: sum(bool(re.fullmatch(r"\[\d+\]:", text)) for text in prompts.all_text_contents()) == number, "end of Run All")
+    failed = panel.locator("[data-mime-type='application/vnd.jupyter.stderr'], [data-mime-type='application/vnd.jupyter.error']")
+
+    def ran():
+        numbers = sum(bool(re.fullmatch(r"\[\d+\]:", text)) for text in prompts.all_text_contents())
+        wrong = [said for said in failed.all_inner_texts() if "Traceback" in said]
+        assert not wrong, f"after {numbers} of {number} cells: {wrong[0]}"
+        return numbers == number
+
+    until(ran, "end of Run All")
     idle(page)
     page.keyboard.press("Control+s")
     return panel, until(lambda: (cells := code(path)) and all(cell["execution_count"] for cell in cells) and cells, "saved notebook")

@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import uuid
 import warnings
@@ -21,7 +20,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import DataError, DataWarning, cores, html_strip, html_table, listed, one_line, progress_bar, user_path, whole_folder
+from ..core import (DataError, DataWarning, cores, html_strip, html_table, listed, one_line, progress_bar,
+                          remove_unfinished, user_path, whole_folder)
 from ..groups import Names, names_of
 
 # %% auto #0
@@ -180,11 +180,6 @@ class _Cache:
         "Wanted keys that no shard has."
         return [key for key in self.wanted if key not in self.where]
 
-    def tidy(self) -> None:
-        "Remove what a killed process left. Only under the lock."
-        for pattern in (".shard-*", "aside-*"):
-            for left in self.home.glob(pattern):
-                shutil.rmtree(left, ignore_errors=True)
 
 # %% ../../nbs/04_data/03_images.ipynb #7704f398
 VERSION = 1  # of the decoding: a new one leaves old caches alone
@@ -198,7 +193,7 @@ def _fill(cache: _Cache, size: int, progress: bool) -> dict[str, str]:
     from filelock import FileLock
     cache.home = writable(cache.home)
     with FileLock(cache.home / "lock"):  # a second process waits, and finds the work done
-        cache.tidy()
+        remove_unfinished(cache.home)
         bad = _decode_missing(cache, cache.refresh().missing(), size, progress)
     cache.refresh()
     return bad

@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..core import user_path, write_whole
-from ..debias import debias, only_worker
+from ..core import only_worker, user_path, write_whole
+from ..debias import debias
 from ..pipeline import SAVED_MODEL
 from ..prompts import PromptSet, load_prompts, write_file
 from ..synthesis import synthesize

@@ -27,7 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 import pandas as pd
 from filelock import FileLock
 
-from ..core import DataError, DataWarning, digest, file_digest, listed, put_in_place, user_path
+from ..core import DataError, DataWarning, digest, file_digest, listed, put_in_place, remove_unfinished, user_path
 from ..data.images import cache_folder, writable
 from .objects import Lease, Objects, at_once, facts_of, held, is_address, lease_seconds
 
@@ -55,6 +55,7 @@ def _made(final, artifact, make, cost):
     "Make an artifact beside its place; the folder."
     partial, start = final.with_name(f"{artifact.hash}.partial"), time.perf_counter()
     partial.mkdir(exist_ok=True)
+    remove_unfinished(partial)
     make(partial)
     about = {"stage": artifact.stage, "version": artifact.version, "config": artifact.config,
              "inputs": [f"{a.stage}/{a.hash}" for a in artifact.inputs], "seconds": round(time.perf_counter() - start, 2), "cost": cost}
@@ -97,7 +98,10 @@ class Store:
 
     def there(self, artifacts: Iterable[Artifact]) -> set[str]:  # hashes
         "Which of many artifacts need not be made."
-        return {a.hash for a in artifacts if self.has(a)}
+        artifacts = list(artifacts)
+        stages = {stage: self.root / stage for stage in {a.stage for a in artifacts}}
+        folders = {stage: {*os.listdir(folder)} if folder.is_dir() else () for stage, folder in stages.items()}
+        return {a.hash for a in artifacts if a.hash in folders[a.stage] and self.has(a)}
 
     def about(self, artifact: Artifact) -> dict[str, Any]:
         "What is noted of an artifact that is there: stage, version, config, inputs, seconds, cost."

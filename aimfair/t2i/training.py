@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import append_lines, digest, user_path, write_whole
+from ..core import append_lines, digest, only_worker, user_path, write_whole
 from ..data import is_celeba, is_fairface, write_card
 from ..device import autocast, evaluating, pick_device, seeded
 from .autoencoder import latents_of, train_autoencoder
@@ -146,30 +146,31 @@ def train_t2i(
     """
     config, device, work = config or T2IConfig(size=images.shape[-1]), pick_device(device), user_path(out) / "training"
     per_face, flat = _check_captions(images, captions, config), [c for some in captions for c in some]
-    vae = train_autoencoder(images, config=config, out=work, seed=seed, device=device, progress=progress)
-    pipeline = _new_pipeline(flat, vae, config, seed, device)
-    denoiser, text_encoder, tokenizer = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer
-    sides = (False, True) if mirror else (False,)
-    batches = _Batches([latents_of(vae, images, device, mirror=m) for m in sides],
-                       [_tokenize(tokenizer, map(mirrored_words, flat) if m else flat, config.tokens) for m in sides],
-                       per_face, _tokenize(tokenizer, [""], config.tokens)[0].long(), config, seed, show_weights(cells, config.balance))
-    prompts = list(sheet_prompts or [captions[i][0] for i in np.linspace(0, len(captions) - 1, 32).astype(int)])
-    identity = run_identity(config, seed, images) + digest("\n".join(flat).encode(), length=64)
-    if batches.weights is not None:
-        identity += digest(batches.weights.numpy())
-    minimise([denoiser, text_encoder], _denoising_loss(denoiser, text_encoder, batches, device),
-             steps=config.steps, lr=config.lr, warmup=config.warmup, ema=config.ema, checkpoint=work / "denoiser.pt",
-             identity=identity, every=config.checkpoint_every, sheet_every=config.sheet_every,
-             show=_sheets(pipeline, prompts, work, config.sampling_steps, config.guidance_scale), name="denoiser", progress=progress)
-    denoiser.eval(), text_encoder.eval()
-    if config.distillation_steps:
-        pipeline = _student(pipeline, batches, identity, work, prompts, device, progress)
-    steps, scale = (1, 1.0) if config.distillation_steps else (config.sampling_steps, config.guidance_scale)
-    save_pipeline(pipeline, out, about={"recipe": config.model_dump(mode="json"), "images": len(images), "seed": seed,
-                                        "num_inference_steps": steps, "guidance_scale": scale} | ({"data": data} if data else {}))
-    if names is not None:
-        write_whole(user_path(out) / "images.txt", "\n".join(names) + "\n")
-    write_card(out, generator_card(out))
+    with only_worker(work, out):
+        vae = train_autoencoder(images, config=config, out=work, seed=seed, device=device, progress=progress)
+        pipeline = _new_pipeline(flat, vae, config, seed, device)
+        denoiser, text_encoder, tokenizer = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer
+        sides = (False, True) if mirror else (False,)
+        batches = _Batches([latents_of(vae, images, device, mirror=m) for m in sides],
+                           [_tokenize(tokenizer, map(mirrored_words, flat) if m else flat, config.tokens) for m in sides],
+                           per_face, _tokenize(tokenizer, [""], config.tokens)[0].long(), config, seed, show_weights(cells, config.balance))
+        prompts = list(sheet_prompts or [captions[i][0] for i in np.linspace(0, len(captions) - 1, 32).astype(int)])
+        identity = run_identity(config, seed, images) + digest("\n".join(flat).encode(), length=64)
+        if batches.weights is not None:
+            identity += digest(batches.weights.numpy())
+        minimise([denoiser, text_encoder], _denoising_loss(denoiser, text_encoder, batches, device),
+                 steps=config.steps, lr=config.lr, warmup=config.warmup, ema=config.ema, checkpoint=work / "denoiser.pt",
+                 identity=identity, every=config.checkpoint_every, sheet_every=config.sheet_every,
+                 show=_sheets(pipeline, prompts, work, config.sampling_steps, config.guidance_scale), name="denoiser", progress=progress)
+        denoiser.eval(), text_encoder.eval()
+        if config.distillation_steps:
+            pipeline = _student(pipeline, batches, identity, work, prompts, device, progress)
+        steps, scale = (1, 1.0) if config.distillation_steps else (config.sampling_steps, config.guidance_scale)
+        save_pipeline(pipeline, out, about={"recipe": config.model_dump(mode="json"), "images": len(images), "seed": seed,
+                                            "num_inference_steps": steps, "guidance_scale": scale} | ({"data": data} if data else {}))
+        if names is not None:
+            write_whole(user_path(out) / "images.txt", "\n".join(names) + "\n")
+        write_card(out, generator_card(out))
     return pipeline
 
 # %% ../../nbs/07_t2i/09_training.ipynb #b294026c

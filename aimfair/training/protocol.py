@@ -55,7 +55,11 @@ class TrainConfig(_Protocol):
 
     @model_serializer(mode="wrap")
     def _known_as_before(self, handler) -> dict[str, Any]:
-        return {n: v for n, v in handler(self).items() if n not in _LATER or getattr(self, n) != type(self).model_fields[n].default}
+        told, fields = handler(self), type(self).model_fields
+        for name in _LATER:
+            if getattr(self, name) == fields[name].default:
+                told.pop(name, None)
+        return told
 
     def lr_at(self, epoch: int) -> float:
         "Learning rate in `epoch`, counted from 0, by the milestones."
