@@ -2423,6 +2423,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'aimfair.repro.jobs.ProtocolJob': ('17_repro/jobs.html#protocoljob', 'aimfair/repro/jobs.py'),
                                     'aimfair.repro.jobs.ProtocolJob.__getstate__': ( '17_repro/jobs.html#protocoljob.__getstate__',
                                                                                      'aimfair/repro/jobs.py'),
+                                    'aimfair.repro.jobs.ProtocolJob._after': ( '17_repro/jobs.html#protocoljob._after',
+                                                                               'aimfair/repro/jobs.py'),
                                     'aimfair.repro.jobs.ProtocolJob.after': ( '17_repro/jobs.html#protocoljob.after',
                                                                               'aimfair/repro/jobs.py'),
                                     'aimfair.repro.jobs.ProtocolJob.artifact': ( '17_repro/jobs.html#protocoljob.artifact',

@@ -74,17 +74,21 @@ class ProtocolJob(Job):
         return self.protocol.run.threads
 
     @cached_property
+    def _after(self):  # the same objects each time, which know their artifacts
+        return self.after
+
+    @cached_property
     def images(self) -> Images:
         return Images.of(self.protocol, getattr(self, "seed", None))
 
     @cached_property
     def needs(self) -> tuple[Job, ...]:
         makers = {job.artifact.hash: job for name in self.sets for job in self.images.makers(name)}
-        return (*self.after, *makers.values())
+        return (*self._after, *makers.values())
 
     @cached_property
     def artifact(self) -> Artifact:
-        inputs = (*map(self.images.artifact, self.sets), *(job.artifact for job in self.after))
+        inputs = (*map(self.images.artifact, self.sets), *(job.artifact for job in self._after))
         return Artifact(self.stage, self.config, inputs, self.version)
 
     def faces(self, store: Store) -> ImageSets:
