@@ -2866,6 +2866,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'aimfair.repro.store._is': ('17_repro/store.html#_is', 'aimfair/repro/store.py'),
                                      'aimfair.repro.store._listing': ('17_repro/store.html#_listing', 'aimfair/repro/store.py'),
                                      'aimfair.repro.store._made': ('17_repro/store.html#_made', 'aimfair/repro/store.py'),
+                                     'aimfair.repro.store._names': ('17_repro/store.html#_names', 'aimfair/repro/store.py'),
                                      'aimfair.repro.store._near': ('17_repro/store.html#_near', 'aimfair/repro/store.py'),
                                      'aimfair.repro.store._note': ('17_repro/store.html#_note', 'aimfair/repro/store.py'),
                                      'aimfair.repro.store._noted': ('17_repro/store.html#_noted', 'aimfair/repro/store.py'),

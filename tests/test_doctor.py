@@ -104,7 +104,7 @@ class TestProtocol:
         assert p.synthetic.pool == 9000 and 4 * p.synthetic.per_group == p.data.n  # synthetic : real = 1 : 1
 
     def test_images_are_stored_at_the_size_of_the_data(self, tmp_path):
-        (job,) = Images.of(load_profile("paper")).all_makers
+        job, *_ = Images.of(load_profile("paper")).all_makers
         assert {k: job.artifact.config[k] for k in ("size", "resize", "steps", "guidance_scale", "scheduler", "dtype")} == {
             "size": 512, "resize": 224, "steps": 50, "guidance_scale": 9.0, "scheduler": "DDIMScheduler", "dtype": "float16"}
 

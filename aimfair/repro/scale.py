@@ -78,8 +78,8 @@ def kept_share(
     "Share of a job's work that outlives the worker."
     maple = isinstance(job, TrainBaseline) and job.method == "MAPLE-style"
     search = 1 - 1 / job.baseline.passes(job.settings, job.configuration) if maple else 0.0
-    parts = checkpoints(job)
-    return max(0.0, floor((done - search) / (1 - search) * parts + 1e-9) / parts * (1 - search))
+    parts, made = checkpoints(job), (done - search) / (1 - search)
+    return max(0.0, (floor(made * parts + 1e-9) / parts if made < 1 else 1.0) * (1 - search))  # the last part may be a small one
 
 # %% ../../nbs/17_repro/15_scale.ipynb #49de8e95
 class Machines(Settings):

@@ -68,6 +68,11 @@ def _note(folder, about):
     aside.write_text(json.dumps(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(aside, folder / "artifact.json")
 
+
+def _names(folder):
+    "What is in a folder, which may be missing."
+    return {*os.listdir(folder)} if folder.is_dir() else set()
+
 # %% ../../nbs/17_repro/02_store.ipynb #937b8a26
 class Store:
     "Artifacts by stage and hash, each computed once, whole or absent."
@@ -99,8 +104,7 @@ class Store:
     def there(self, artifacts: Iterable[Artifact]) -> set[str]:  # hashes
         "Which of many artifacts need not be made."
         artifacts = list(artifacts)
-        stages = {stage: self.root / stage for stage in {a.stage for a in artifacts}}
-        folders = {stage: {*os.listdir(folder)} if folder.is_dir() else () for stage, folder in stages.items()}
+        folders = {stage: _names(self.root / stage) for stage in {a.stage for a in artifacts}}
         return {a.hash for a in artifacts if a.hash in folders[a.stage] and self.has(a)}
 
     def about(self, artifact: Artifact) -> dict[str, Any]:
