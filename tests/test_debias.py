@@ -157,6 +157,7 @@ def test_command_killed_and_started_again_ends_the_same(files, k):
     assert not (files / name).exists()
     with pytest.raises(ValueError, match="an unfinished run with other options .seed was 0, is 1"):
         debias(**{**given, "seed": 1})
+    (files / f"{name}.partial" / ".report.md.0123456789ab.tmp").touch()  # killed while it wrote this
     code, out, err = finished(command(files, given))
     assert code == 0 and "worst group (WST)" in out and "Traceback" not in err, err
     undisturbed = debias(**{**given, "out": f"{files}/undisturbed-{k}"})

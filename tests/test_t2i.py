@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from aimfair import t2i, toyfaces
+from aimfair.core import only_worker
 from aimfair.data import DataError, DataWarning
 from aimfair.t2i import distillation
 
@@ -145,6 +146,16 @@ def test_training_again_finds_everything_done(trained, faces):
     t2i.train_t2i(*faces, out=trained, config=t2i.T2IConfig(**TINY), progress=False)
     assert (trained / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     assert time.perf_counter() - start < 60
+
+
+def test_a_folder_has_one_trainer_who_takes_away_what_killed_ones_left(trained, faces):
+    left = trained / "training" / ".denoiser.pt.0123456789ab.tmp", trained / "..whole.0123456789ab.tmp" / "unet"
+    with only_worker(trained / "training", trained), pytest.raises(ValueError, match=f"another process is at work on {trained};"):
+        t2i.train_t2i(*faces, out=trained, config=t2i.T2IConfig(**TINY), progress=False)
+    left[0].touch()
+    left[1].mkdir(parents=True)
+    t2i.train_t2i(*faces, out=trained, config=t2i.T2IConfig(**TINY), progress=False)
+    assert not list(trained.rglob(".*")) and not (trained / "training" / "lock").exists()
 
 
 def test_a_folder_of_another_run_is_refused(trained, faces):

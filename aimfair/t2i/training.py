@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import append_lines, digest, only_worker, user_path, write_whole
+from ..core import append_lines, digest, only_worker, remove_unfinished, user_path, write_whole
 from ..data import is_celeba, is_fairface, write_card
 from ..device import autocast, evaluating, pick_device, seeded
 from .autoencoder import latents_of, train_autoencoder
@@ -146,7 +146,8 @@ def train_t2i(
     """
     config, device, work = config or T2IConfig(size=images.shape[-1]), pick_device(device), user_path(out) / "training"
     per_face, flat = _check_captions(images, captions, config), [c for some in captions for c in some]
-    with only_worker(work, out):
+    with only_worker(work, user_path(out)):
+        remove_unfinished(out)
         vae = train_autoencoder(images, config=config, out=work, seed=seed, device=device, progress=progress)
         pipeline = _new_pipeline(flat, vae, config, seed, device)
         denoiser, text_encoder, tokenizer = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer
