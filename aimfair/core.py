@@ -255,7 +255,7 @@ def whole_folder(
         shutil.rmtree(aside, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #9bcd2852
-_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{12}\.tmp|\.tmp\w{6}")  # names of ours, and of safetensors
+_OURS, _OF_SAFETENSORS = re.compile(r"\..+\.[0-9a-f]{12}\.tmp"), re.compile(r"\.tmp\w{6}")  # names that files have until they are whole
 
 
 def remove_unfinished(
@@ -263,9 +263,10 @@ def remove_unfinished(
 ) -> None:
     "Remove what processes that were killed left half written, in all folders within."
     for where, folders, files in os.walk(user_path(folder)):
-        for name in filter(_UNFINISHED.fullmatch, files):
-            (Path(where) / name).unlink()
-        for name in filter(_UNFINISHED.fullmatch, folders[:]):
+        for name in files:
+            if _OURS.fullmatch(name) or _OF_SAFETENSORS.fullmatch(name):
+                (Path(where) / name).unlink()
+        for name in filter(_OURS.fullmatch, folders[:]):
             shutil.rmtree(Path(where) / name)
             folders.remove(name)
 

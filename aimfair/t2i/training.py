@@ -7,6 +7,7 @@ __all__ = ['show_weights', 'train_t2i', 'train_command']
 
 # %% ../../nbs/07_t2i/09_training.ipynb #a018e2bd
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import append_lines, digest, only_worker, remove_unfinished, user_path, write_whole
+from ..core import append_lines, digest, only_worker, user_path, write_whole
 from ..data import is_celeba, is_fairface, write_card
 from ..device import autocast, evaluating, pick_device, seeded
 from .autoencoder import latents_of, train_autoencoder
@@ -147,7 +148,8 @@ def train_t2i(
     config, device, work = config or T2IConfig(size=images.shape[-1]), pick_device(device), user_path(out) / "training"
     per_face, flat = _check_captions(images, captions, config), [c for some in captions for c in some]
     with only_worker(work, user_path(out)):
-        remove_unfinished(out)
+        for left in user_path(out).glob("..whole.*.tmp"):  # of a pipeline that was being saved
+            shutil.rmtree(left)
         vae = train_autoencoder(images, config=config, out=work, seed=seed, device=device, progress=progress)
         pipeline = _new_pipeline(flat, vae, config, seed, device)
         denoiser, text_encoder, tokenizer = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer
