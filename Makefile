@@ -99,7 +99,8 @@ test: $(STAMP)
 	[ -z "$$failed" ] || { echo 'aimfair: the tests passed, but notebooks failed: see 2/3 above' >&2; exit 1; }
 
 lab: $(STAMP)
-	$(PATHS) $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
+	$(PATHS) JUPYTER_CONFIG_PATH="$(CURDIR)/nbs/site/jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
+	  $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check aimfair tests setup.py
