@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DataError', 'DataWarning', 'one_line', 'of_network', 'listed', 'did_you_mean', 'unknown', 'SettingsError', 'Settings',
-           'user_path', 'read_settings', 'parse_ratio', 'whole_file', 'write_whole', 'put_in_place', 'whole_folder',
-           'remove_unfinished', 'only_worker', 'read_lines', 'append_lines', 'digest', 'file_digest', 'asset', 'cores',
-           'launched', 'in_words', 'quiet_libraries', 'progress_bar', 'shown_figure', 'Html', 'as_html', 'html_table',
-           'html_bar', 'html_curve', 'data_url', 'html_strip']
+           'user_path', 'read_settings', 'parse_ratio', 'aside_of', 'whole_file', 'write_whole', 'put_in_place',
+           'whole_folder', 'remove_unfinished', 'only_worker', 'read_lines', 'append_lines', 'digest', 'file_digest',
+           'asset', 'cores', 'launched', 'in_words', 'quiet_libraries', 'progress_bar', 'shown_figure', 'Html',
+           'as_html', 'html_table', 'html_bar', 'html_curve', 'data_url', 'html_strip']
 
 # %% ../nbs/00_core.ipynb #cde4601d
 import base64
@@ -193,13 +193,18 @@ def with_room(path: Path) -> Iterator[None]:
         raise
 
 # %% ../nbs/00_core.ipynb #f86a66e7
+def aside_of(path: Path) -> Path:
+    "A new name beside a path, for what is not whole yet; `remove_unfinished` knows such names."
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
 @contextmanager
 def whole_file(
     path: str | Path,  # its folder is made where it is missing
 ) -> Iterator[Path]:  # where to write
     "The name beside `path` to write to; renamed into place when the block ends, removed when it fails."
     path = user_path(path)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    aside = aside_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with with_room(path):
@@ -245,7 +250,7 @@ def whole_folder(
     target = user_path(path)
     if not overwrite and target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty; choose another folder, or overwrite=True")
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+    aside = aside_of(target)
     aside.mkdir(parents=True)
     try:
         with with_room(target):

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-
 from .core import digest, file_digest, one_line, only_worker, put_in_place, user_path, write_whole
 from .data import faces_table, load_faces
 from .groups import names_of

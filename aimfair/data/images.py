@@ -180,7 +180,6 @@ class _Cache:
         "Wanted keys that no shard has."
         return [key for key in self.wanted if key not in self.where]
 
-
 # %% ../../nbs/04_data/03_images.ipynb #7704f398
 VERSION = 1  # of the decoding: a new one leaves old caches alone
 SHARD_BYTES = 128 * 2**20

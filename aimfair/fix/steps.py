@@ -178,7 +178,6 @@ def fix(
     folder, flat = user_path(out), flat_settings(settings)
     _check_record(folder, flat)
     ready = check(settings, base, cache=cache, device=device)
-    folder.mkdir(parents=True, exist_ok=True)
     with only_worker(folder, folder):
         write_whole(folder / "fix.json", flat)
         computed = _all_steps(ready, folder, flat, device, cache, progress)

@@ -14,7 +14,6 @@ import re
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,7 +24,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
-from ..core import did_you_mean, write_whole
+from ..core import aside_of, did_you_mean, write_whole
 
 # %% ../../nbs/17_repro/02_objects.ipynb #85dd3801
 def is_address(
@@ -104,7 +103,7 @@ def told_of(address: str) -> Iterator[None]:
 # %% ../../nbs/17_repro/02_objects.ipynb #769a12d0
 def _link(file, content):
     "Create a file of a folder whole; whether this content is there now."
-    aside = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.tmp")
+    aside = aside_of(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         aside.write_bytes(content)
