@@ -350,11 +350,13 @@ def test_a_dry_run_of_the_paper_at_tiny_size(tmp_path):
     assert done.predictions.logit.notna().all() and set(done.predictions.prediction) <= {0, 1}
     assert done.sensitivity(100).shape[0] == 62 and done.sensitivity(100).selected.any()
 
-    (manifest,) = (tmp_path / "runs" / "synthesis").glob("*/manifest.parquet")
-    made = pd.read_parquet(manifest)
-    assert made.groupby("group").size().to_dict() == dict.fromkeys(("0_0", "0_1", "1_0", "1_1"), 40)
+    manifests = sorted((tmp_path / "runs" / "synthesis").glob("*/manifest.parquet"))
+    assert len(manifests) == paper["synthetic.shards"]
+    made = pd.concat([pd.read_parquet(m).assign(folder=str(m.parent)) for m in manifests], ignore_index=True)
+    assert made.groupby("group").size().to_dict() == dict.fromkeys(("0_0", "0_1", "1_0", "1_1"), 40) and made.file.is_unique
     assert set(made.scheduler) == {"DDIMScheduler"} and set(made.guidance_scale) == {9.0}
-    with Image.open(manifest.parent / made.file[0]) as image:
-        assert image.size == (32, 32)
+    for row in made.itertuples():
+        with Image.open(f"{row.folder}/{row.file}") as image:
+            assert image.size == (32, 32)
     again = run("paper", methods, settings=settings, seeds=1, workers=1, store=tmp_path / "runs", progress=False)
     assert again.made == 0 and again.predictions.equals(done.predictions)
