@@ -479,12 +479,20 @@ def t2i_train(
     """Train a small text-to-image model.
 
     Writes a folder that diffusers loads as a pipeline. With `--set distillation_steps=1000` it then teaches a student to draw in one
-    step, and the folder holds the student. The subfolder training holds checkpoints, sample sheets and the teacher, and may be removed.
+    step, and the folder holds the student. For photos of people, `--set code=features` is a recipe of its own: a network with weights from
+    ImageNet learns what is annotated, and the generator works on what it sees. The subfolder training holds checkpoints, sample sheets
+    and the teacher, and may be removed.
     """
     require(out=out)
     values = parse_settings(settings)
     from aimfair import t2i
-    typer.echo(t2i.train_command(data, out=out, settings=values, n=n, exclude=exclude, mirror=mirror, seed=seed, device=device))
+
+    def network(faces, folder):
+        from aimfair.training.recogniser import train_recogniser
+        folder.mkdir(parents=True, exist_ok=True)
+        return train_recogniser(faces.images, faces.annotated, checkpoint=folder / "recogniser.pt", seed=seed, device=device)
+    typer.echo(t2i.train_command(data, out=out, settings=values, n=n, exclude=exclude, mirror=mirror, network=network, seed=seed,
+                                 device=device))
 
 # %% ../../nbs/21_cli/03_commands.ipynb #06d8d92b
 @t2i_app.command("sheet")

@@ -6,6 +6,7 @@
 __all__ = ['train_tokenizer', 'create_text_encoder', 'create_denoiser']
 
 # %% ../../nbs/07_t2i/06_denoiser.ipynb #e3b60e20
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -81,15 +82,20 @@ def create_text_encoder(
 def create_denoiser(
     config: T2IConfig,
 ):  # a new diffusers `UNet2DConditionModel`
-    "A U-Net: convolutions on 16 x 16 patches, convolutions and attention to the words below."
+    """A U-Net. With latents of patches: convolutions on 16 x 16 of them, convolutions and attention to the words below.
+
+    With latents of features, of which there are few, attention everywhere; and the words, summed up, scale each block as the time does."""
     from diffusers import UNet2DConditionModel
-    n = len(config.channels)
+    n, few = len(config.channels), config.code == "features"
+    told = {"resnet_time_scale_shift": "scale_shift", "addition_embed_type": "text",
+            "addition_embed_type_num_heads": math.gcd(64, config.text_width)} if few else {}
+    first, last = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D") if few else ("DownBlock2D", "UpBlock2D")
     return UNet2DConditionModel(
-        sample_size=config.size // 4, in_channels=config.latent_channels, out_channels=config.latent_channels, layers_per_block=1,
+        sample_size=config.side, in_channels=config.latent_channels, out_channels=config.latent_channels, layers_per_block=config.layers,
         block_out_channels=config.channels, norm_num_groups=16, cross_attention_dim=config.text_width,
         attention_head_dim=tuple(max(1, c // config.head_dim) for c in config.channels),  # diffusers means the number of heads
-        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * (n - 1)),
-        up_block_types=(*["CrossAttnUpBlock2D"] * (n - 1), "UpBlock2D"))
+        down_block_types=(first, *["CrossAttnDownBlock2D"] * (n - 1)),
+        up_block_types=(*["CrossAttnUpBlock2D"] * (n - 1), last), **told)
 
 # %% ../../nbs/07_t2i/06_denoiser.ipynb #bf3bedc6
 def schedulers():  # (for training: DDPM, for sampling: DPM-Solver++)

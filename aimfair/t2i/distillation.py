@@ -61,7 +61,7 @@ def draw_lessons(
     progress: bool = True,
 ):
     "Have the teacher draw `config.distillation_lessons` lessons."
-    side, blocks = config.size // 4, -(-config.distillation_lessons // config.batch_size)
+    side, blocks = config.side, -(-config.distillation_lessons // config.batch_size)
     shape = (config.batch_size, config.latent_channels, side, side)
     folder.mkdir(parents=True, exist_ok=True)
     for block in progress_bar(range(blocks), desc="lessons", unit=" blocks", disable=not progress):

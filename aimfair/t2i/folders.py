@@ -131,6 +131,7 @@ class _Known(NamedTuple):
     table: pd.DataFrame  # face table
     captions: Callable[[list[str], np.ndarray], dict[str, list[str]]]  # ids and images -> captions by id
     cells: pd.Series | None = None  # by id, a word for each combination of what is annotated
+    annotated: pd.DataFrame | None = None  # by id; each column an annotation
 
 
 def _celeba_table(root, per_face, seed):
@@ -140,7 +141,8 @@ def _celeba_table(root, per_face, seed):
     attributes = attributes[[name for name in attributes if name in CAPTIONED_ATTRIBUTES]]
     captions = dict(zip(table["id"], attribute_captions(attributes, per_face=per_face, seed=seed), strict=True))
     kept = [name for name in ("Smiling", "Male", "Young") if name in attributes]
-    return _Known(table, lambda ids, images: {i: captions[i] for i in ids}, attributes[kept].astype(str).agg(" ".join, axis=1))
+    return _Known(table, lambda ids, images: {i: captions[i] for i in ids}, attributes[kept].astype(str).agg(" ".join, axis=1),
+                  attributes)
 
 
 def _fairface_table(root, per_face, seed):
@@ -151,7 +153,7 @@ def _fairface_table(root, per_face, seed):
     def captions(ids, images):
         told = people_captions(people.loc[ids], *looks(images), per_face=per_face, seed=seed)
         return dict(zip(ids, told, strict=True))
-    return _Known(table, captions, people.agg(" ".join, axis=1))
+    return _Known(table, captions, people.agg(" ".join, axis=1), people)
 
 # %% ../../nbs/07_t2i/03_folders.ipynb #0c2e10a6
 def _entries(exclude: str | Path | Iterable) -> tuple[list[str], Path | None]:
@@ -269,6 +271,7 @@ class CaptionedFaces(NamedTuple):
     captions: list[list[str]]  # as many for each
     cells: np.ndarray | None  # of words (N,): the combination of what is annotated of each; None: not known
     ids: list[str]  # paths in the folder
+    annotated: pd.DataFrame | None = None  # N rows, each column an annotation with any number of values; None: not known
 
 
 def _known(root, per_face, seed):
@@ -302,7 +305,8 @@ def read_captioned(
     faces = load_faces(known.table[why == ""], size=size, cache=cache, progress=progress)
     images, ids = faces.gather(slice(None)).numpy(), list(faces.ids)
     captions = known.captions(ids, images)
-    return CaptionedFaces(images, [captions[i] for i in ids], None if known.cells is None else known.cells.loc[ids].to_numpy(object), ids)
+    cells, annotated = (None if facts is None else facts.loc[ids] for facts in (known.cells, known.annotated))
+    return CaptionedFaces(images, [captions[i] for i in ids], None if cells is None else cells.to_numpy(object), ids, annotated)
 
 
 def captioned_faces(

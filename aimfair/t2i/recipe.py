@@ -10,27 +10,37 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from ..core import Settings, digest, progress_bar, whole_file
 from ..device import stream_seed
 
 # %% ../../nbs/07_t2i/04_recipe.ipynb #5fa02333
+_OF_FEATURES = {"latent_channels": 48, "decoder_blocks": (4, 4, 3, 1, 0), "decoder_steps": 5000, "decoder_lr": 8e-4,
+                "latent_noise": 0.15, "channels": (128, 192), "head_dim": 64, "layers": 2, "tokens": 32, "steps": 5000, "batch_size": 128,
+                "lr": 8e-4, "ema": 0.999, "balance": 0.7, "sampling_steps": 8, "guidance_scale": 3.0}
+
+
 class T2IConfig(Settings):
-    "Settings of the recipe; the defaults are for photos as well as for drawings."
+    "Settings of the recipe. Those that are not given are as suits `code`."
+    code: Literal["patches", "features"] = Field("patches", description="what latents are: components of patches of 4 x 4 pixels, or of "
+                                                                        "what a network sees in 16 x 16 pixels, for photos of people")
     size: int = Field(64, ge=16, multiple_of=8, description="pixels of a side")
-    latent_channels: int = Field(16, ge=1, le=48, description="numbers that describe each patch of 4 x 4 pixels")
+    latent_channels: int = Field(16, ge=1, le=48, description="numbers that describe each patch")
     decoder_width: int = Field(64, ge=8)
-    decoder_blocks: tuple[int, int, int] = Field((3, 1, 0), description="residual blocks at a quarter, half and full resolution")
+    decoder_blocks: tuple[int, ...] = Field((3, 1, 0), description="residual blocks at the latents' resolution, at twice that, ...")
     decoder_steps: int = Field(2500, ge=1)
     decoder_batch: int = Field(32, ge=1)
     decoder_lr: float = Field(1.5e-3, gt=0)
     latent_noise: float = Field(0.1, ge=0, description="noise added to latents while the decoder trains, so that it forgives the denoiser")
-    channels: tuple[int, ...] = Field((64, 96, 144), description="channels of the denoiser at 16 x 16, 8 x 8, ...; multiples of 16")
+    critic: float = Field(0.25, ge=0, description="weight of the critic that a decoder of features learns against; 0: none")
+    channels: tuple[int, ...] = Field((64, 96, 144), description="channels of the denoiser at the latents' resolution, at half of it, ...; multiples of 16")
+    layers: int = Field(1, ge=1, description="residual blocks of the denoiser at each resolution")
     head_dim: int = Field(48, ge=8, description="channels of an attention head")
     text_width: int = Field(128, ge=16)
     text_layers: int = Field(2, ge=1)
@@ -51,6 +61,29 @@ class T2IConfig(Settings):
     distillation_lessons: int = Field(40_960, ge=1, description="latents that the teacher draws for the student")
     distillation_from: int = Field(3, ge=1, description="sampling steps of the teacher")
     distillation_lr: float = Field(6e-4, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_suits(cls, values):
+        return _OF_FEATURES | values if values.get("code") == "features" else values
+
+    @model_validator(mode="after")
+    def _fits(self):
+        levels = int(math.log2(self.factor)) + 1
+        if self.size % self.factor or len(self.decoder_blocks) != levels:
+            raise ValueError(f"latents of {self.code} take a size that is a multiple of {self.factor}, and {levels} numbers of "
+                             f"decoder_blocks, not {self.size} and {len(self.decoder_blocks)}")
+        return self
+
+    @property
+    def factor(self) -> int:
+        "How many pixels wide a patch is."
+        return {"patches": 4, "features": 16}[self.code]
+
+    @property
+    def side(self) -> int:
+        "How many patches wide an image is."
+        return self.size // self.factor
 
 # %% ../../nbs/07_t2i/04_recipe.ipynb #97c10767
 def step_generator(
@@ -97,10 +130,10 @@ def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
 class Learner:
     "Models that learn: their weights, the average of these, and the optimizer."
 
-    def __init__(self, models: Sequence[nn.Module], ema: float):
+    def __init__(self, models: Sequence[nn.Module], ema: float, momentum: float = 0.9):
         self.models, self.average = models, AveragedWeights(models, ema)
         self.parameters = [p for m in models for p in m.parameters()]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1.0, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1.0, betas=(momentum, 0.99), weight_decay=0.01, foreach=True)
 
     def learn(self, step: int, loss: torch.Tensor, lr: float):
         "One step of the optimizer. Raises `FloatingPointError` where the gradient is no number."
@@ -140,14 +173,14 @@ def restore_checkpoint(learner: Learner, path: Path, identity: str) -> int:
 def minimise(
     models: Sequence[nn.Module],  # changed in place; at the end they have the averaged weights
     loss_of: Callable[[int], torch.Tensor],  # step -> loss, a function of the step's number alone
-    *, steps: int, lr: float, warmup: int, ema: float,
+    *, steps: int, lr: float, warmup: int, ema: float, momentum: float = 0.9,
     checkpoint: Path, identity: str,  # where the run is kept, and what makes it this run
     every: int,  # steps between checkpoints
     sheet_every: int = 0, show: Callable[[int, float], None] | None = None,  # called with the averaged weights, the step and the loss
     name: str, progress: bool,  # of the bar
 ):
     "Minimise a loss step by step. Goes on from the checkpoint if there is one of this run."
-    learner, shown = Learner(models, ema), None
+    learner, shown = Learner(models, ema, momentum), None
     start = restore_checkpoint(learner, checkpoint, identity)
     with progress_bar(total=steps, initial=start, desc=name, unit=" steps", disable=not progress) as bar:
         for step in range(start, steps):
@@ -176,6 +209,6 @@ def run_identity(
     passing = ("checkpoint_every", "sheet_every", "sampling_steps", "guidance_scale")  # and what only a student has to do with
     fields = {k: v for k, v in config.model_dump().items() if k not in passing and not k.startswith("distillation")}
     if decoder:
-        fields = {k: v for k, v in fields.items() if k.startswith(("decoder", "latent", "size"))}
+        fields = {k: v for k, v in fields.items() if k.startswith(("code", "critic", "decoder", "latent", "size"))}
     some = np.ascontiguousarray(images[:: max(1, len(images) // 64)])
     return json.dumps([fields, seed, len(images), digest(some, length=64)], sort_keys=True, default=list)

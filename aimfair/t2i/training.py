@@ -9,11 +9,12 @@ __all__ = ['show_weights', 'train_t2i', 'train_command']
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ..core import append_lines, digest, only_worker, user_path, write_whole
@@ -23,8 +24,10 @@ from .autoencoder import latents_of, train_autoencoder
 from .captions import DRAWN_SEED, drawn_faces
 from .denoiser import create_denoiser, create_text_encoder, schedulers, train_tokenizer
 from .distillation import distil
+from .features import Stages, feature_code
 from .folders import CaptionedFaces, read_captioned
 from .looks import mirrored_words
+from .painter import train_painter
 from .pipelines import assemble, generator_card, sample_sheet, save_pipeline
 from .recipe import T2IConfig, minimise, run_identity, step_generator
 
@@ -101,6 +104,18 @@ def _sheets(pipeline, prompts, work, steps, guidance_scale, name=""):
     return show
 
 # %% ../../nbs/07_t2i/09_training.ipynb #fccc25d8
+def _coded(images, config, network, sides, work, seed, device, progress):
+    "The autoencoder, and the latents of the images for each of the sides that they are shown from."
+    if config.code == "patches":
+        vae = train_autoencoder(images, config=config, out=work, seed=seed, device=device, progress=progress)
+        return vae, [latents_of(vae, images, device, mirror=m) for m in sides]
+    if network is None:
+        raise ValueError("latents of features need a network that sees them: network=, such as timm's tf_efficientnet_lite0")
+    code = feature_code(images, Stages(network.to(device, memory_format=torch.channels_last)), config)
+    latents = [code.latents_of(images, mirror=m) for m in sides]
+    return train_painter(images, code, latents, config=config, out=work, seed=seed, device=device, progress=progress), latents
+
+
 def _new_pipeline(captions, vae, config, seed, device):
     "The parts at random, but for the autoencoder, and the tokenizer that is learnt from the captions."
     tokenizer = train_tokenizer(captions, vocabulary=config.vocabulary, length=config.tokens)
@@ -136,6 +151,7 @@ def train_t2i(
     data: str | None = None,  # where the images are from, in words, for the card
     mirror: bool = False,  # show images also mirrored, left and right exchanged in their captions
     sheet_prompts: Sequence[str] | None = None,  # of the sample sheets; None: captions from all over the images
+    network: nn.Module | None = None,  # of timm, whose features are the latents; for `code="features"`
     seed: int = 0,
     device: str | None = None,  # None: the best there is
     progress: bool = True,
@@ -150,15 +166,16 @@ def train_t2i(
     with only_worker(work, user_path(out)):
         for left in user_path(out).glob("..whole.*.tmp"):  # of a pipeline that was being saved
             shutil.rmtree(left)
-        vae = train_autoencoder(images, config=config, out=work, seed=seed, device=device, progress=progress)
+        sides = (False, True) if mirror else (False,)
+        vae, latents = _coded(images, config, network, sides, work, seed, device, progress)
         pipeline = _new_pipeline(flat, vae, config, seed, device)
         denoiser, text_encoder, tokenizer = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer
-        sides = (False, True) if mirror else (False,)
-        batches = _Batches([latents_of(vae, images, device, mirror=m) for m in sides],
-                           [_tokenize(tokenizer, map(mirrored_words, flat) if m else flat, config.tokens) for m in sides],
+        batches = _Batches(latents, [_tokenize(tokenizer, map(mirrored_words, flat) if m else flat, config.tokens) for m in sides],
                            per_face, _tokenize(tokenizer, [""], config.tokens)[0].long(), config, seed, show_weights(cells, config.balance))
         prompts = list(sheet_prompts or [captions[i][0] for i in np.linspace(0, len(captions) - 1, 32).astype(int)])
         identity = run_identity(config, seed, images) + digest("\n".join(flat).encode(), length=64)
+        if config.code == "features":  # which the network determines
+            identity += digest(*(z[:: max(1, len(z) // 64)].numpy() for z in latents))
         if batches.weights is not None:
             identity += digest(batches.weights.numpy())
         minimise([denoiser, text_encoder], _denoising_loss(denoiser, text_encoder, batches, device),
@@ -192,6 +209,7 @@ def train_command(
     n: int = 48_000,  # faces to draw, for "drawn"
     exclude: str | Path | None = None,  # images to leave out of `data`: a folder of them, or a list or table that names them
     mirror: bool | None = None,  # None: all but drawn faces, which come from both sides as often
+    network: Callable[[CaptionedFaces, Path], nn.Module] | None = None,  # for `code=features`: given the images, and a folder to work in
     seed: int = 0,
     device: str | None = None,
     progress: bool = True,
@@ -203,6 +221,7 @@ def train_command(
     else:
         faces = read_captioned(data, size=config.size, exclude=exclude or (), seed=seed, progress=progress)
     mirror = data != "drawn" if mirror is None else mirror
+    sees = network(faces, user_path(out) / "training") if network and config.code == "features" else None
     train_t2i(faces.images, faces.captions, out=out, config=config, cells=faces.cells, names=faces.ids, data=_origin(data), mirror=mirror,
-              seed=seed, device=device, progress=progress)
+              network=sees, seed=seed, device=device, progress=progress)
     return user_path(out)
