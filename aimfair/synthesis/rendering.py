@@ -29,7 +29,7 @@ from .generators import SynthesisConfig, SynthesisError
 from .generators import call_arguments, components_digest, generator_name, load_generator, other_generator
 from .generators import prepared, resolve_config
 from .slots import GroupPrompts, Slots, as_group_prompts, parse_shard
-from ..t2i.pipelines import SHIPPED, never_read, plain_words, quiet
+from ..t2i.pipelines import SHIPPED, bundled, licence_of, never_read, plain_words, quiet
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #371dc11b
 def _render(pipe, jobs: list[dict], arguments: dict) -> list[tuple[Any, bool]]:
@@ -364,19 +364,20 @@ def image_set_card(
     out = user_path(out)
     identity, manifest, report = Journal(out).identity(), pd.read_parquet(out / "manifest.parquet"), rejection_report(out)
     own, judged = identity["generator"] in SHIPPED, any(f["name"] == "agreement" for f in identity["filters"])
+    licence, sentence = licence_of(bundled(identity["generator"]), "its images") if own else (
+        None, "Its licence depends on the generator's, and is not told here.")
     title = f"Synthetic images: {identity['task']}" if identity["task"] else "Synthetic images by group"
     text = _SET_CARD.format(
         title=title, facts="\n".join(_set_facts(identity, manifest)),
         table="\n".join(_groups_table(manifest, report, identity["prompts"])),
         examples="\n".join(f"- {g}: “{' '.join(texts[0].split())}”" for g, texts in identity["prompts"].items()),
         judged=" (a model that compares texts and images was asked, see the filters)" if judged else "",
-        licence="Its generator ships with aimfair, under the same licence (Apache 2.0)." if own else
-                "Its licence depends on the generator's, and is not told here.")
+        licence=sentence)
     data = DatasetCardData(**{
         "pretty_name": title, "task_categories": ["image-classification"], "size_categories": size_category(len(manifest)),
         "annotations_creators": "machine-generated", "tags": ["aimfair", "synthetic", "fairness"],
         "configs": [{"config_name": "default", "data_files": "[0-9]*_[0-9]*/*.png"}],
-        **({"license": "apache-2.0"} if own else {}), **metadata})
+        **({"license": licence} if licence else {}), **metadata})
     return new_card(data, text)
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #c2747f33

@@ -41,8 +41,8 @@ def relative_distance(
     theirs: Sequence[torch.Tensor],  # of the photos that they should be
 ) -> torch.Tensor:  # scalar; 1 is as far as a photo is from another one
     "How far pictures are from their photos, by the distance between photos, on average over the stages."
-    far = [(a.float() - b.float()).abs().mean() / (b.float() - b.float().roll(1, 0)).abs().mean() for a, b in zip(ours, theirs, strict=True)]
-    return torch.stack(far).mean()
+    pairs = [(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]
+    return torch.stack([(a - b).abs().mean() / (b - b.roll(1, 0)).abs().mean() for a, b in pairs]).mean()
 
 # %% ../../nbs/07_t2i/05c_critic.ipynb #5457f4a1
 def disturbed(

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from ..core import digest
@@ -50,7 +49,8 @@ class _Lesson:
 
     def mixed(self, x, seed):
         "Mixed features of disturbed images; the same seed disturbs in the same way."
-        return self.mixing(self.code.stages(disturbed(x, torch.Generator().manual_seed(seed)).contiguous(memory_format=torch.channels_last)))
+        x = disturbed(x, torch.Generator().manual_seed(seed))
+        return self.mixing(self.code.stages(x.contiguous(memory_format=torch.channels_last)))
 
     def __call__(self, step):
         g = step_generator(self.seed, 1, step)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'SHEET_PROMPTS', 'GENERATOR', 'bundled', 'learnt_from', 'plain_words', 'never_read', 'save_pipeline',
-           'sample_sheet', 'generator_card', 'push_generator']
+           'sample_sheet', 'licence_of', 'generator_card', 'push_generator']
 
 # %% ../../nbs/07_t2i/07_pipelines.ipynb #e943622c
 import json
@@ -189,8 +189,27 @@ image = pipeline("a prompt"{call}).images[0]
 
 - Captions are annotations or descriptions that somebody gave, not facts about the people in the images. A word in a prompt, such as *male*
   or *young*, is an instruction to a generator and says nothing of anyone.
+- A face that it draws is nobody's, and cannot tell what the people of a group look like.
 - It has the biases of what it learnt from: what was rare there, or was told in few words, it draws less well.
 - {licence}"""
+
+# %% ../../nbs/07_t2i/07_pipelines.ipynb #3a31b1fa
+_FAIRFACE = ("Trained on photos of FairFace (Kimmo Kärkkäinen and Jungseock Joo, *FairFace: Face Attribute Dataset for Balanced Race, "
+             "Gender, and Age for Bias Measurement and Mitigation*, WACV 2021), which are under CC BY 4.0. So are {what}: name that source "
+             "when you pass them on.")
+
+
+def licence_of(
+    folder: str | Path,  # of a generator
+    what: str = "these weights",  # or its images
+) -> tuple[str | None, str]:  # the licence's short name, and a sentence
+    "Under which licence a generator is, as far as that is known."
+    folder = user_path(folder)
+    if folder == bundled():
+        return "apache-2.0", f"The generator ships with aimfair; {what} are under the same licence (Apache 2.0)."
+    if _read_json(folder / "aimfair.json").get("data") == "FairFace":
+        return "cc-by-4.0", _FAIRFACE.format(what=what)
+    return None, "Its licence depends on the images that it learnt from, and is not told here."
 
 # %% ../../nbs/07_t2i/07_pipelines.ipynb #58413583
 def generator_card(
@@ -199,18 +218,17 @@ def generator_card(
 ):  # huggingface_hub's `ModelCard`
     "The card of a generator: what it is, what it learnt from, how to call it, and what was not measured."
     from huggingface_hub import ModelCardData
-    folder, shipped = user_path(folder), user_path(folder) in map(bundled, SHIPPED)
+    folder, (licence, sentence) = user_path(folder), licence_of(folder)
     about = _read_json(folder / "aimfair.json")
     names = {"num_inference_steps": about.get("num_inference_steps"), "guidance_scale": about.get("guidance_scale")}
-    known = {"license": "apache-2.0"} if shipped else {}
+    known = {"license": licence} if licence else {}
     text = _GENERATOR_CARD.format(
         title="A small text-to-image model" if "recipe" in about else "A text-to-image model",
         origin="Trained by the recipe of aimfair (`aimfair t2i train`) on images with captions." if "recipe" in about else
                "A pipeline of diffusers. How it was trained is not known here.",
         facts="\n".join(_generator_facts(folder)), call="".join(f", {k}={v}" for k, v in names.items() if v is not None),
         seen="- Images that it has seen: `images.txt` names them\n" if (folder / "images.txt").is_file() else "",
-        licence="It ships with aimfair, under the same licence (Apache 2.0)." if shipped else
-                "Its licence depends on the images that it learnt from, and is not told here.")
+        licence=sentence)
     data = ModelCardData(**{"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["aimfair", "synthetic-data"],
                             **known, **metadata})
     return new_card(data, text)

@@ -28,8 +28,8 @@ _OF_FEATURES = {"latent_channels": 48, "decoder_blocks": (4, 4, 3, 1, 0), "decod
 
 class T2IConfig(Settings):
     "Settings of the recipe. Those that are not given are as suits `code`."
-    code: Literal["patches", "features"] = Field("patches", description="what latents are: components of patches of 4 x 4 pixels, or of "
-                                                                        "what a network sees in 16 x 16 pixels, for photos of people")
+    code: Literal["patches", "features"] = Field("patches", description="what latents are: components of patches of 4 x 4 pixels, or, "
+                                                                        "for photos of people, of what a network sees in 16 x 16")
     size: int = Field(64, ge=16, multiple_of=8, description="pixels of a side")
     latent_channels: int = Field(16, ge=1, le=48, description="numbers that describe each patch")
     decoder_width: int = Field(64, ge=8)
@@ -39,7 +39,8 @@ class T2IConfig(Settings):
     decoder_lr: float = Field(1.5e-3, gt=0)
     latent_noise: float = Field(0.1, ge=0, description="noise added to latents while the decoder trains, so that it forgives the denoiser")
     critic: float = Field(0.25, ge=0, description="weight of the critic that a decoder of features learns against; 0: none")
-    channels: tuple[int, ...] = Field((64, 96, 144), description="channels of the denoiser at the latents' resolution, at half of it, ...; multiples of 16")
+    channels: tuple[int, ...] = Field((64, 96, 144), description="channels of the denoiser at the latents' resolution, at half of it, ...; "
+                                                                 "multiples of 16")
     layers: int = Field(1, ge=1, description="residual blocks of the denoiser at each resolution")
     head_dim: int = Field(48, ge=8, description="channels of an attention head")
     text_width: int = Field(128, ge=16)
