@@ -21,8 +21,8 @@ from ..core import Settings, digest, progress_bar, whole_file
 from ..device import stream_seed
 
 # %% ../../nbs/07_t2i/04_recipe.ipynb #5f2ca937
-_OF_FEATURES = {"latent_channels": 48, "decoder_blocks": (4, 4, 3, 1, 0), "decoder_steps": 5000, "decoder_lr": 8e-4,
-                "latent_noise": 0.15, "channels": (128, 192), "head_dim": 64, "layers": 2, "tokens": 32, "steps": 5000, "batch_size": 128,
+_OF_FEATURES = {"latent_channels": 48, "decoder_blocks": (4, 4, 3, 1, 0), "decoder_steps": 3600, "decoder_lr": 8e-4,
+                "latent_noise": 0.15, "channels": (128, 192), "head_dim": 64, "layers": 2, "tokens": 32, "steps": 3800, "batch_size": 128,
                 "lr": 8e-4, "ema": 0.999, "balance": 0.7, "sampling_steps": 8, "guidance_scale": 3.0}
 
 # %% ../../nbs/07_t2i/04_recipe.ipynb #5fa02333
