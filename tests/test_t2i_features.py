@@ -175,7 +175,8 @@ def test_a_run_with_other_eyes_is_another_run(trained, faces):
 
 def test_eyes_are_needed(faces, tmp_path):
     with pytest.raises(ValueError, match="need a network that sees"):
-        t2i.train_t2i(*faces, out=tmp_path, config=t2i.T2IConfig(**TINY), progress=False)
+        t2i.train_t2i(*faces, out=tmp_path / "x", config=t2i.T2IConfig(**TINY), progress=False)
+    assert not (tmp_path / "x").exists()
 
 
 def test_settings_suit_the_code():

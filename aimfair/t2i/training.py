@@ -109,8 +109,6 @@ def _coded(images, config, network, sides, work, seed, device, progress):
     if config.code == "patches":
         vae = train_autoencoder(images, config=config, out=work, seed=seed, device=device, progress=progress)
         return vae, [latents_of(vae, images, device, mirror=m) for m in sides]
-    if network is None:
-        raise ValueError("latents of features need a network that sees them: network=, such as timm's tf_efficientnet_lite0")
     code = feature_code(images, Stages(network.to(device, memory_format=torch.channels_last)), config)
     latents = [code.latents_of(images, mirror=m) for m in sides]
     return train_painter(images, code, latents, config=config, out=work, seed=seed, device=device, progress=progress), latents
@@ -163,6 +161,8 @@ def train_t2i(
     """
     config, device, work = config or T2IConfig(size=images.shape[-1]), pick_device(device), user_path(out) / "training"
     per_face, flat = _check_captions(images, captions, config), [c for some in captions for c in some]
+    if config.code == "features" and network is None:
+        raise ValueError("latents of features need a network that sees them: network=, such as timm's tf_efficientnet_lite0")
     with only_worker(work, user_path(out)):
         for left in user_path(out).glob("..whole.*.tmp"):  # of a pipeline that was being saved
             shutil.rmtree(left)
