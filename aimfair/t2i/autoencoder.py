@@ -129,6 +129,12 @@ def train_autoencoder(
 
 # %% ../../nbs/07_t2i/05_autoencoder.ipynb #6973e138
 @torch.no_grad()
+def encoded(encode, images, device, mirror=False):
+    "Latents, as float16 in main memory, of images that are encoded a few hundred at a time."
+    pixels = (_pixels(images, slice(i, i + 256)).to(device) for i in range(0, len(images), 256))
+    return torch.cat([encode(x.flip(-1) if mirror else x).half().cpu() for x in pixels])
+
+
 def latents_of(
     vae,  # `AutoencoderTiny` with our encoder
     images: np.ndarray,  # uint8 N x 3 x size x size
@@ -136,5 +142,4 @@ def latents_of(
     *, mirror: bool = False,  # of the images flipped
 ) -> torch.Tensor:  # float16, in main memory
     "Latents of all images as the denoiser sees them."
-    pixels = (_pixels(images, slice(i, i + 256)).to(device) for i in range(0, len(images), 256))
-    return torch.cat([vae.encoder(x.flip(-1) if mirror else x).mul(SCALE).half().cpu() for x in pixels])
+    return encoded(lambda x: vae.encoder(x).mul(SCALE), images, device, mirror)

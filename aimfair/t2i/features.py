@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..data import normalize
+from .autoencoder import encoded
 from .recipe import T2IConfig
 
 # %% ../../nbs/07_t2i/05b_features.ipynb #65ef3432
@@ -87,9 +88,7 @@ class FeatureCode:
         *, mirror: bool = False,  # of the images flipped
     ) -> torch.Tensor:  # float16, in main memory
         "Latents of all images, as the denoiser sees them."
-        device = self.parts[0].mean.device
-        pixels = (normalize(torch.from_numpy(np.array(images[i:i + 256]))).to(device) for i in range(0, len(images), 256))
-        return torch.cat([self.encode(x.flip(-1) if mirror else x).half().cpu() for x in pixels])
+        return encoded(self.encode, images, self.parts[0].mean.device, mirror)
 
 # %% ../../nbs/07_t2i/05b_features.ipynb #12599fcb
 @torch.no_grad()

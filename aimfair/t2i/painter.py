@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import digest
 from ..data import normalize
 from ..device import autocast, pick_device, seeded
 from .autoencoder import SCALE, contrast_loss
 from .critic import Critic, Mixing, critic_loss, critique, disturbed, relative_distance
 from .features import FeatureCode
-from .recipe import T2IConfig, minimise, run_identity, step_generator
+from .recipe import T2IConfig, latents_identity, minimise, run_identity, step_generator
 
 # %% ../../nbs/07_t2i/05d_painter.ipynb #bcad2490
 def create_painter(
@@ -86,7 +85,7 @@ def train_painter(
     with seeded(seed):
         vae = create_painter(config).to(device, memory_format=torch.channels_last)
         mixing, critic = Mixing(code.stages.channels(config.size)).to(device), Critic().to(device)
-    identity = run_identity(config, seed, images, decoder=True) + digest(*(z[:: max(1, len(z) // 64)].numpy() for z in latents))
+    identity = run_identity(config, seed, images, decoder=True) + latents_identity(latents)
     minimise([vae, critic], _Lesson(vae, critic, mixing, code, images, latents, config, seed, device), steps=config.decoder_steps,
              lr=config.decoder_lr, warmup=50, ema=0.998, momentum=0.5, checkpoint=Path(out) / "decoder.pt", identity=identity,
              every=config.checkpoint_every, name="decoder", progress=progress)

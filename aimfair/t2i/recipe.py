@@ -200,6 +200,10 @@ def minimise(
     learner.average.swap()
 
 # %% ../../nbs/07_t2i/04_recipe.ipynb #3ccbdcb7
+def _some(rows):
+    return rows[:: max(1, len(rows) // 64)]
+
+
 def run_identity(
     config: T2IConfig,
     seed: int,
@@ -211,5 +215,10 @@ def run_identity(
     fields = {k: v for k, v in config.model_dump().items() if k not in passing and not k.startswith("distillation")}
     if decoder:
         fields = {k: v for k, v in fields.items() if k.startswith(("code", "critic", "decoder", "latent", "size"))}
-    some = np.ascontiguousarray(images[:: max(1, len(images) // 64)])
+    some = np.ascontiguousarray(_some(images))
     return json.dumps([fields, seed, len(images), digest(some, length=64)], sort_keys=True, default=list)
+
+
+def latents_identity(latents: Sequence[torch.Tensor]) -> str:
+    "What makes two sets of latents the same, for runs whose latents depend on more than their settings and images."
+    return digest(*(_some(z).numpy() for z in latents))

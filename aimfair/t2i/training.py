@@ -29,7 +29,7 @@ from .folders import CaptionedFaces, read_captioned
 from .looks import mirrored_words
 from .painter import train_painter
 from .pipelines import assemble, generator_card, sample_sheet, save_pipeline
-from .recipe import T2IConfig, minimise, run_identity, step_generator
+from .recipe import T2IConfig, latents_identity, minimise, run_identity, step_generator
 
 # %% ../../nbs/07_t2i/09_training.ipynb #a79b1e78
 def _tokenize(tokenizer, captions, length):
@@ -175,7 +175,7 @@ def train_t2i(
         prompts = list(sheet_prompts or [captions[i][0] for i in np.linspace(0, len(captions) - 1, 32).astype(int)])
         identity = run_identity(config, seed, images) + digest("\n".join(flat).encode(), length=64)
         if config.code == "features":  # which the network determines
-            identity += digest(*(z[:: max(1, len(z) // 64)].numpy() for z in latents))
+            identity += latents_identity(latents)
         if batches.weights is not None:
             identity += digest(batches.weights.numpy())
         minimise([denoiser, text_encoder], _denoising_loss(denoiser, text_encoder, batches, device),
