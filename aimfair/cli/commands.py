@@ -273,7 +273,7 @@ def new_task(
     classes: Annotated[str | None, option("A,B,...", "words of the classes in the order of the outputs, where labels are numbers",
                                            parser=_words)] = None,
     groups: Annotated[str | None, option("A,B,...", "words of the groups, where no label tells them", parser=_words)] = None,
-    generator: Annotated[str | None, option("NAME|FOLDER", "a diffusers folder, a hub id, openai:MODEL, or bundled, which draws toy faces")
+    generator: Annotated[str | None, option("NAME|FOLDER", "faces (photos of people), a diffusers folder, a hub id, or openai:MODEL")
                          ] = None,
 ):
     """Write a task file to start from.
@@ -415,7 +415,8 @@ def _drawn_on(on, generator, config, workers, device):
 def synthesize(
     prompts: Annotated[str | None, option("TASK|FILE", "frozen task, such as toy-smiling-male, or a JSON file  [required]")] = None,
     style: Style = "contextual-pose",
-    generator: Annotated[str, option("NAME|FOLDER", "bundled, a diffusers pipeline folder, a hub id, or openai:MODEL of an images server")
+    generator: Annotated[str, option("NAME|FOLDER", "bundled (drawn faces), faces (photos of people), a diffusers folder, a hub id, or "
+                                                         "openai:MODEL of an images server")
                          ] = "bundled",
     base_url: Annotated[str | None, option("URL", "openai:MODEL only: the server; by default OPENAI_BASE_URL")] = None,
     budget: Annotated[int | None, option("N", "openai:MODEL only: images that may be paid for, in all", min=1)] = None,

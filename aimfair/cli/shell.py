@@ -213,4 +213,4 @@ Store = Annotated[str | None, option("FOLDER|URL", "folder of the artifact store
 Seed = Annotated[int, option("N", "of all that is random")]
 Device = Annotated[str | None, option("NAME", "cpu, cuda or mps; by default the best there is")]
 Style = Annotated[str, option("NAME", "of the prompts: plain, contextual or contextual-pose")]
-Generator = Annotated[str, option("NAME|FOLDER", "bundled, a diffusers pipeline folder, or a hub id")]
+Generator = Annotated[str, option("NAME|FOLDER", "bundled, faces, a diffusers pipeline folder, or a hub id")]

@@ -77,7 +77,7 @@ def other_generator(
 
 # %% ../../nbs/08_synthesis/01_generators.ipynb #eda6392c
 def generator_source(
-    name_or_path: str | Path,  # "bundled", a diffusers pipeline folder, or a hub id such as OWNER/NAME
+    name_or_path: str | Path,  # "bundled", "faces", a diffusers pipeline folder, or a hub id such as OWNER/NAME
 ) -> tuple[str, bool]:  # the folder or the hub id, and whether it is a local folder
     "Where a generator's weights come from; nothing is loaded. Raises `FileNotFoundError` where there is no such folder."
     shipped = str(name_or_path) in SHIPPED

@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/07_t2i/00_t2i.ipynb #5725fb9e
-from . import autoencoder, captions, critic, denoiser, distillation, features, folders, looks, painter, pipelines, recipe, training
+from . import (adherence, autoencoder, captions, critic, denoiser, distillation, features, folders, looks, painter, pipelines, recipe,
+                         training)
 from .captions import *
 from .looks import *
 from .folders import *
@@ -16,7 +17,8 @@ from .features import *
 from .painter import *
 from .denoiser import *
 from .pipelines import *
+from .adherence import *
 from .training import *
 
 __all__ = [*captions.__all__, *folders.__all__, *recipe.__all__, *autoencoder.__all__, *features.__all__, *painter.__all__,
-           *denoiser.__all__, *pipelines.__all__, *training.__all__]
+           *denoiser.__all__, *pipelines.__all__, *adherence.__all__, *training.__all__]

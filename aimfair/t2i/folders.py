@@ -132,6 +132,7 @@ class _Known(NamedTuple):
     captions: Callable[[list[str], np.ndarray], dict[str, list[str]]]  # ids and images -> captions by id
     cells: pd.Series | None = None  # by id, a word for each combination of what is annotated
     annotated: pd.DataFrame | None = None  # by id; each column an annotation
+    told: tuple[str, ...] = ()  # annotations that captions tell
 
 
 def _celeba_table(root, per_face, seed):
@@ -142,7 +143,7 @@ def _celeba_table(root, per_face, seed):
     captions = dict(zip(table["id"], attribute_captions(attributes, per_face=per_face, seed=seed), strict=True))
     kept = [name for name in ("Smiling", "Male", "Young") if name in attributes]
     return _Known(table, lambda ids, images: {i: captions[i] for i in ids}, attributes[kept].astype(str).agg(" ".join, axis=1),
-                  attributes)
+                  attributes, tuple(kept))
 
 
 def _fairface_table(root, per_face, seed):
@@ -153,7 +154,7 @@ def _fairface_table(root, per_face, seed):
     def captions(ids, images):
         told = people_captions(people.loc[ids], *looks(images), per_face=per_face, seed=seed)
         return dict(zip(ids, told, strict=True))
-    return _Known(table, captions, people.agg(" ".join, axis=1), people)
+    return _Known(table, captions, people.agg(" ".join, axis=1), people, tuple(people))
 
 # %% ../../nbs/07_t2i/03_folders.ipynb #0c2e10a6
 def _entries(exclude: str | Path | Iterable) -> tuple[list[str], Path | None]:
@@ -272,6 +273,7 @@ class CaptionedFaces(NamedTuple):
     cells: np.ndarray | None  # of words (N,): the combination of what is annotated of each; None: not known
     ids: list[str]  # paths in the folder
     annotated: pd.DataFrame | None = None  # N rows, each column an annotation with any number of values; None: not known
+    told: tuple[str, ...] = ()  # the annotations that nearly every caption tells
 
 
 def _known(root, per_face, seed):
@@ -306,7 +308,7 @@ def read_captioned(
     images, ids = faces.gather(slice(None)).numpy(), list(faces.ids)
     captions = known.captions(ids, images)
     cells, annotated = (None if facts is None else facts.loc[ids] for facts in (known.cells, known.annotated))
-    return CaptionedFaces(images, [captions[i] for i in ids], None if cells is None else cells.to_numpy(object), ids, annotated)
+    return CaptionedFaces(images, [captions[i] for i in ids], None if cells is None else cells.to_numpy(object), ids, annotated, known.told)
 
 
 def captioned_faces(

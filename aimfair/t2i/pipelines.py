@@ -27,11 +27,11 @@ def quiet():  # a context manager
     return quiet_libraries("diffusers", "transformers")
 
 # %% ../../nbs/07_t2i/07_pipelines.ipynb #58c7a22e
-SHIPPED = {"bundled": "generator"}  # names of the generators that ship, and their folders
+SHIPPED = {"bundled": "generator", "faces": "faces"}  # names of the generators that ship, and their folders
 
 
 def bundled(
-    name: str = "bundled",  # draws faces in the studio style
+    name: str = "bundled",  # draws faces in the studio style; "faces": photos of people
 ) -> Path:  # a diffusers pipeline folder
     "A generator that ships with the package."
     return asset(SHIPPED[name])
@@ -149,12 +149,13 @@ def _generator_facts(folder):
     "What a generator is and how it was trained, line by line."
     index, about = _read_json(folder / "model_index.json"), _read_json(folder / "aimfair.json")
     recipe, data = about.get("recipe", {}), about.get("data", "drawn faces" if folder == bundled() else "")
+    watched = f"; then {recipe.get('adherence_steps'):,} that a recogniser looked at" if recipe.get("adherence_steps") else ""
     student = f"; then {recipe.get('distillation_steps'):,} of a student" if recipe.get("distillation_steps") else ""
     facts = {"Pipeline": index.get("_class_name"), "Parameters": f"{_parameters_of(folder):,}",
              "Images": recipe.get("size") and f"{recipe['size']} x {recipe['size']} pixels",
              "Learnt from": about.get("images") and f"{about['images']:,} images with captions{data and f' ({data})'}",
              "Trained": recipe.get("steps") and f"{recipe['steps']:,} steps of the denoiser after {recipe['decoder_steps']:,} of the "
-                                                f"decoder{student}; seed {about.get('seed')}",
+                                                f"decoder{watched}{student}; seed {about.get('seed')}",
              "Recommended": about.get("num_inference_steps") and f"num_inference_steps {about['num_inference_steps']}, guidance_scale "
                                                                  f"{about.get('guidance_scale')}"}
     return [f"- {name}: {value}" for name, value in facts.items() if value]

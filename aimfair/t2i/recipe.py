@@ -23,7 +23,7 @@ from ..device import stream_seed
 # %% ../../nbs/07_t2i/04_recipe.ipynb #5f2ca937
 _OF_FEATURES = {"latent_channels": 48, "decoder_blocks": (4, 4, 3, 1, 0), "decoder_steps": 3600, "decoder_lr": 8e-4,
                 "latent_noise": 0.15, "channels": (128, 192), "head_dim": 64, "layers": 2, "tokens": 32, "steps": 3800, "batch_size": 128,
-                "lr": 8e-4, "ema": 0.999, "balance": 0.7, "sampling_steps": 8, "guidance_scale": 3.0}
+                "lr": 8e-4, "ema": 0.999, "balance": 0.7, "sampling_steps": 8, "guidance_scale": 3.0, "adherence_steps": 400}
 
 # %% ../../nbs/07_t2i/04_recipe.ipynb #5fa02333
 class T2IConfig(Settings):
@@ -58,6 +58,12 @@ class T2IConfig(Settings):
     sheet_every: int = Field(1000, ge=1, description="steps between sample sheets")
     sampling_steps: int = Field(6, ge=1, description="steps recommended for sampling, stored with the pipeline")
     guidance_scale: float = Field(2.0, ge=1, description="guidance recommended for sampling, stored with the pipeline")
+    adherence_steps: int = Field(0, ge=0, description="steps in which the denoiser also learns from what a recogniser says of its faces, "
+                                                      "where it is annotated what images show")
+    adherence_batch: int = Field(32, ge=1)
+    adherence_lr: float = Field(2e-4, gt=0)
+    adherence_guidance: float = Field(2.0, ge=1, description="guidance with which these faces are drawn")
+    adherence_weight: float = Field(0.5, gt=0, description="weight of what the recogniser says beside the loss on photos")
     distillation_steps: int = Field(0, ge=0, description="steps of a student that draws in one step without guidance; 0: no student")
     distillation_lessons: int = Field(40_960, ge=1, description="latents that the teacher draws for the student")
     distillation_from: int = Field(3, ge=1, description="sampling steps of the teacher")
@@ -89,7 +95,7 @@ class T2IConfig(Settings):
 # %% ../../nbs/07_t2i/04_recipe.ipynb #97c10767
 def step_generator(
     seed: int,  # of the run
-    phase: int,  # 1 is the decoder's training, 2 the denoiser's, 3 the lessons of a student, 4 its training
+    phase: int,  # 1 is the decoder's training, 2 the denoiser's, 3 a student's lessons, 4 its training, 5 adherence, 6 what noise hides
     step: int,
 ) -> torch.Generator:
     "The randomness of one step."
@@ -211,8 +217,8 @@ def run_identity(
     *, decoder: bool = False,  # of the decoder's training alone, which fewer settings touch
 ) -> str:
     "What makes two runs the same run."
-    passing = ("checkpoint_every", "sheet_every", "sampling_steps", "guidance_scale")  # and what only a student has to do with
-    fields = {k: v for k, v in config.model_dump().items() if k not in passing and not k.startswith("distillation")}
+    passing = ("checkpoint_every", "sheet_every", "sampling_steps", "guidance_scale")  # and what comes after
+    fields = {k: v for k, v in config.model_dump().items() if k not in passing and not k.startswith(("adherence", "distillation"))}
     if decoder:
         fields = {k: v for k, v in fields.items() if k.startswith(("code", "critic", "decoder", "latent", "size"))}
     some = np.ascontiguousarray(_some(images))

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..core import append_lines, digest, only_worker, user_path, write_whole
 from ..data import is_celeba, is_fairface, write_card
 from ..device import autocast, evaluating, pick_device, seeded
+from .adherence import Asked, Questions, adhere, answers_of, losses_of_noise, losses_of_photos
 from .autoencoder import latents_of, train_autoencoder
 from .captions import DRAWN_SEED, drawn_faces
 from .denoiser import create_denoiser, create_text_encoder, schedulers, train_tokenizer
@@ -126,6 +127,26 @@ def _new_pipeline(captions, vae, config, seed, device):
     return assemble(tokenizer, text_encoder, vae, denoiser)
 
 
+def _seen_identity(captions, batches):
+    "What makes two runs the same beside their settings and images."
+    identity = digest("\n".join(captions).encode(), length=64)
+    if batches.config.code == "features":  # which the network determines
+        identity += latents_identity(batches.latents)
+    return identity + (digest(batches.weights.numpy()) if batches.weights is not None else "")
+
+
+def _adherent(pipeline, batches, identity, questions, recogniser, images, work, prompts, device, progress):
+    "Have the pipeline draw what was asked, as far as that is known; returns what makes the run this run now."
+    if not batches.config.adherence_steps:
+        return identity
+    config, asked = batches.config, Asked(batches.tokens[0], batches.blank, batches.weights, questions, recogniser)
+    floor = losses_of_photos(recogniser, questions, images, device)
+    floor = floor + losses_of_noise(pipeline, asked, batches.latents[0], config=config, seed=batches.seed, device=device)
+    show = _sheets(pipeline, prompts, work, config.sampling_steps, config.guidance_scale, "adherence-")
+    return adhere(pipeline, asked, floor, _denoising_loss(pipeline.unet, pipeline.text_encoder, batches, device), config=config,
+                  checkpoint=work / "adherence.pt", identity=identity, seed=batches.seed, device=device, show=show, progress=progress)
+
+
 def _student(teacher, batches, identity, work, prompts, device, progress):
     "The pipeline of a student, which draws in one step what its teacher draws in several; the teacher is kept beside its checkpoints."
     config = batches.config
@@ -150,6 +171,7 @@ def train_t2i(
     mirror: bool = False,  # show images also mirrored, left and right exchanged in their captions
     sheet_prompts: Sequence[str] | None = None,  # of the sample sheets; None: captions from all over the images
     network: nn.Module | None = None,  # of timm, whose features are the latents; for `code="features"`
+    questions: Questions | None = None,  # that captions tell and the network's logits answer, for `config.adherence_steps`
     seed: int = 0,
     device: str | None = None,  # None: the best there is
     progress: bool = True,
@@ -163,6 +185,8 @@ def train_t2i(
     per_face, flat = _check_captions(images, captions, config), [c for some in captions for c in some]
     if config.code == "features" and network is None:
         raise ValueError("latents of features need a network that sees them: network=, such as timm's tf_efficientnet_lite0")
+    if questions is None or network is None:
+        config = config.model_copy(update={"adherence_steps": 0})
     with only_worker(work, user_path(out)):
         for left in user_path(out).glob("..whole.*.tmp"):  # of a pipeline that was being saved
             shutil.rmtree(left)
@@ -173,16 +197,13 @@ def train_t2i(
         batches = _Batches(latents, [_tokenize(tokenizer, map(mirrored_words, flat) if m else flat, config.tokens) for m in sides],
                            per_face, _tokenize(tokenizer, [""], config.tokens)[0].long(), config, seed, show_weights(cells, config.balance))
         prompts = list(sheet_prompts or [captions[i][0] for i in np.linspace(0, len(captions) - 1, 32).astype(int)])
-        identity = run_identity(config, seed, images) + digest("\n".join(flat).encode(), length=64)
-        if config.code == "features":  # which the network determines
-            identity += latents_identity(latents)
-        if batches.weights is not None:
-            identity += digest(batches.weights.numpy())
+        identity = run_identity(config, seed, images) + _seen_identity(flat, batches)
         minimise([denoiser, text_encoder], _denoising_loss(denoiser, text_encoder, batches, device),
                  steps=config.steps, lr=config.lr, warmup=config.warmup, ema=config.ema, checkpoint=work / "denoiser.pt",
                  identity=identity, every=config.checkpoint_every, sheet_every=config.sheet_every,
                  show=_sheets(pipeline, prompts, work, config.sampling_steps, config.guidance_scale), name="denoiser", progress=progress)
         denoiser.eval(), text_encoder.eval()
+        identity = _adherent(pipeline, batches, identity, questions, network, images, work, prompts, device, progress)
         if config.distillation_steps:
             pipeline = _student(pipeline, batches, identity, work, prompts, device, progress)
         steps, scale = (1, 1.0) if config.distillation_steps else (config.sampling_steps, config.guidance_scale)
@@ -222,6 +243,7 @@ def train_command(
         faces = read_captioned(data, size=config.size, exclude=exclude or (), seed=seed, progress=progress)
     mirror = data != "drawn" if mirror is None else mirror
     sees = network(faces, user_path(out) / "training") if network and config.code == "features" else None
+    questions = None if sees is None or faces.annotated is None else answers_of(faces.annotated).only(faces.told)
     train_t2i(faces.images, faces.captions, out=out, config=config, cells=faces.cells, names=faces.ids, data=_origin(data), mirror=mirror,
-              network=sees, seed=seed, device=device, progress=progress)
+              network=sees, questions=questions, seed=seed, device=device, progress=progress)
     return user_path(out)
