@@ -3539,6 +3539,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'aimfair.t2i.recipe.T2IConfig._fits': ('07_t2i/recipe.html#t2iconfig._fits', 'aimfair/t2i/recipe.py'),
                                     'aimfair.t2i.recipe.T2IConfig.factor': ('07_t2i/recipe.html#t2iconfig.factor', 'aimfair/t2i/recipe.py'),
                                     'aimfair.t2i.recipe.T2IConfig.side': ('07_t2i/recipe.html#t2iconfig.side', 'aimfair/t2i/recipe.py'),
+                                    'aimfair.t2i.recipe._Besides': ('07_t2i/recipe.html#_besides', 'aimfair/t2i/recipe.py'),
                                     'aimfair.t2i.recipe._some': ('07_t2i/recipe.html#_some', 'aimfair/t2i/recipe.py'),
                                     'aimfair.t2i.recipe.latents_identity': ('07_t2i/recipe.html#latents_identity', 'aimfair/t2i/recipe.py'),
                                     'aimfair.t2i.recipe.learning_rate': ('07_t2i/recipe.html#learning_rate', 'aimfair/t2i/recipe.py'),

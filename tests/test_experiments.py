@@ -36,6 +36,7 @@ from aimfair.repro import (
     Protocol,
     Store,
     Train,
+    WorkBar,
     about_synthetic,
     balanced_synthetic,
     biased_synthetic,
@@ -580,7 +581,8 @@ class TestManyGroups:
 
     def test_classes_and_groups_are_planned_without_the_images(self, tmp_path):
         plan, left_out = make_plan("fairface64", ["celeba_training_size", "ablation_synthetic_ratio"], store=tmp_path, check=False,
-                                   settings=AGES | {"data.root": "/nowhere", "data.majority": "", "data.n": 2997})
+                                   settings=AGES | {"data.root": "/nowhere", "data.majority": "", "data.n": 2997, "synthetic.kind": "rest",
+                                                           "synthetic.pool": 550, "synthetic.per_group": 200})
         sizes = {case.settings.get("data.n", 2997) for case in plan.cases["celeba_training_size"]}
         assert len(sizes) == 4 and all(n % 3 == 0 for n in sizes)
         assert [c.settings["synthetic.per_group"] for c in plan.cases["ablation_synthetic_ratio"][1:]] == [36, 71, 143, 214]
@@ -822,6 +824,18 @@ def test_results_come_one_by_one_and_survive_an_interruption(tmp_path):
     assert (tmp_path / "out" / "finetuning_strategies.md").exists(), "a file that somebody deleted is written again"
 
 
+def test_lines_go_on_where_the_first_forecast_was_far_too_short(capsys):
+    "What is left grows for a while, so the share that is done stands still; the line says so nevertheless."
+    with WorkBar({"a": 100.0, "b": 100.0, "c": 100.0}, progress=True, stages={"a": "draw", "b": "train", "c": "train"}) as bar:
+        bar.bar.mininterval = bar.bar.delay = 0
+        bar.shown = -1
+        bar("a", took=0.001)
+        first = capsys.readouterr().err
+        bar.shown = -1
+        bar("b", took=1e6)
+        assert "%" in first and "2/3" in capsys.readouterr().err
+
+
 class TestForecast:
     "How long the rest takes, whatever the guesses were."
 
@@ -853,7 +867,8 @@ class TestForecast:
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_real_faces_end_to_end_at_tiny_size(real_data, tmp_path):
-    small = {k: v for k, v in TINY.items() if not k.startswith(("data.n_", "synthetic.pool", "synthetic.kind"))} | {"data.size": 32}
+    small = {k: v for k, v in TINY.items() if not k.startswith(("data.n_", "synthetic.pool", "synthetic.kind"))}
+    small |= {"data.size": 32, "model.name": "toy_resnet18"}
     results = run("celeba64", settings=small | {"data.root": str(real_data / "celeba-10k"), "synthetic.root": str(real_data / "celeba-6k")},
                   store=tmp_path, workers=1, progress=False)
     sets = results.sets()

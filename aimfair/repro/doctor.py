@@ -346,7 +346,7 @@ def time_rows(plan: Plan) -> list[dict]:
     if images:
         rate = generation_rate(profile.synthetic, device, generator_folder(profile.synthetic)[0]) * _cores_at_work()
         rows_.append(_row("time to generate", "ok", f"{in_words(spent['synthesis'])} for {images:,.0f} images",
-                          f"assumes {rate:.2g} images/s on this device where nothing was measured"))
+                          f"assumes {rate:.3g} images/s on this device where nothing was measured"))
     rate = training_rate(profile, device) * _cores_at_work()
     learnt, seen = (sum(getattr(job.work, what) for job in plan.jobs.values()) for what in ("learnt", "seen"))
     passes = sum(s for stage, s in spent.items() if stage not in ("synthesis", "edits", "faces"))

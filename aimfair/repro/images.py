@@ -157,7 +157,7 @@ def generator_folder(
 def recommended(folder: Path | None) -> tuple[int, int]:  # steps, pixels of a side
     "What a generator's folder suggests for rendering; Stable Diffusion's 50 steps at 512 px where it says nothing."
     about = json.loads((folder / "aimfair.json").read_text(encoding="utf-8")) if folder and (folder / "aimfair.json").is_file() else {}
-    return about.get("num_inference_steps", 50), about.get("height", 512)
+    return about.get("num_inference_steps", 50), about.get("recipe", {}).get("size", 512)
 
 # %% ../../nbs/17_repro/03_images.ipynb #5598f7d6
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class WorkBar(Progress):
     ):
         super().__init__(seconds, stages, images)
         self.workers, self.quiet, self.lock, self.shown = workers, not progress or not seconds, threading.Lock(), -1.0
-        self.bar = progress_bar(total=1.0, disable=self.quiet, bar_format="{percentage:3.0f} %|{bar}| {elapsed}{postfix}")
+        self.bar = progress_bar(total=1.0, miniters=0, disable=self.quiet, bar_format="{percentage:3.0f} %|{bar}| {elapsed}{postfix}")
         self._show()
 
     def begin(self, name: str):

@@ -101,7 +101,7 @@ class Look(NamedTuple):
             z = sampler.step(v, t, z).prev_sample
         return z, sampler.timesteps[look]
 
-# %% ../../nbs/07_t2i/08b_adherence.ipynb #e84060f2
+# %% ../../nbs/07_t2i/08b_adherence.ipynb #a6270c24
 class Asked(NamedTuple):
     "What faces are asked for, and who looks at them."
     tokens: torch.Tensor  # int16 N x L, of captions, as many of each image
@@ -128,7 +128,7 @@ class Asked(NamedTuple):
         drawn = pipeline.vae.decoder((latents / SCALE).contiguous(memory_format=torch.channels_last)).float()
         return self.questions.losses(self.recogniser(disturbed(drawn, g).contiguous(memory_format=torch.channels_last)), rows)
 
-
+# %% ../../nbs/07_t2i/08b_adherence.ipynb #9a737b84
 @torch.no_grad()
 def losses_of_noise(
     pipeline, asked: Asked,
@@ -150,7 +150,7 @@ def losses_of_noise(
         lost.append(total / 4)
     return F.relu(torch.stack(lost) - lost[-1])
 
-
+# %% ../../nbs/07_t2i/08b_adherence.ipynb #95e67a7f
 def adherence_loss(
     pipeline, asked: Asked,
     floor: torch.Tensor,  # float32 steps x questions, what photos lose

@@ -25,8 +25,22 @@ _OF_FEATURES = {"latent_channels": 48, "decoder_blocks": (4, 4, 3, 1, 0), "decod
                 "latent_noise": 0.15, "channels": (128, 192), "head_dim": 64, "layers": 2, "tokens": 32, "steps": 3800, "batch_size": 128,
                 "lr": 8e-4, "ema": 0.999, "balance": 0.7, "sampling_steps": 8, "guidance_scale": 3.0, "adherence_steps": 400}
 
+# %% ../../nbs/07_t2i/04_recipe.ipynb #10d41131
+class _Besides(Settings):
+    "What a denoiser that has learnt from photos, or drawn faces, is taught besides."
+    adherence_steps: int = Field(0, ge=0, description="steps in which the denoiser also learns from what a recogniser says of its faces, "
+                                                      "where it is annotated what images show")
+    adherence_batch: int = Field(32, ge=1)
+    adherence_lr: float = Field(2e-4, gt=0)
+    adherence_guidance: float = Field(2.0, ge=1, description="guidance with which these faces are drawn")
+    adherence_weight: float = Field(0.5, gt=0, description="weight of what the recogniser says beside the loss on photos")
+    distillation_steps: int = Field(0, ge=0, description="steps of a student that draws in one step without guidance; 0: no student")
+    distillation_lessons: int = Field(40_960, ge=1, description="latents that the teacher draws for the student")
+    distillation_from: int = Field(3, ge=1, description="sampling steps of the teacher")
+    distillation_lr: float = Field(6e-4, gt=0)
+
 # %% ../../nbs/07_t2i/04_recipe.ipynb #5fa02333
-class T2IConfig(Settings):
+class T2IConfig(_Besides):
     "Settings of the recipe. Those that are not given are as suits `code`."
     code: Literal["patches", "features"] = Field("patches", description="what latents are: components of patches of 4 x 4 pixels, or, "
                                                                         "for photos of people, of what a network sees in 16 x 16")
@@ -58,16 +72,6 @@ class T2IConfig(Settings):
     sheet_every: int = Field(1000, ge=1, description="steps between sample sheets")
     sampling_steps: int = Field(6, ge=1, description="steps recommended for sampling, stored with the pipeline")
     guidance_scale: float = Field(2.0, ge=1, description="guidance recommended for sampling, stored with the pipeline")
-    adherence_steps: int = Field(0, ge=0, description="steps in which the denoiser also learns from what a recogniser says of its faces, "
-                                                      "where it is annotated what images show")
-    adherence_batch: int = Field(32, ge=1)
-    adherence_lr: float = Field(2e-4, gt=0)
-    adherence_guidance: float = Field(2.0, ge=1, description="guidance with which these faces are drawn")
-    adherence_weight: float = Field(0.5, gt=0, description="weight of what the recogniser says beside the loss on photos")
-    distillation_steps: int = Field(0, ge=0, description="steps of a student that draws in one step without guidance; 0: no student")
-    distillation_lessons: int = Field(40_960, ge=1, description="latents that the teacher draws for the student")
-    distillation_from: int = Field(3, ge=1, description="sampling steps of the teacher")
-    distillation_lr: float = Field(6e-4, gt=0)
 
     @model_validator(mode="before")
     @classmethod
