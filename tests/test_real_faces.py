@@ -49,7 +49,7 @@ def test_fairface64_at_tiny_size(settings, generator, real_data, tmp_path):
     done = run("fairface64", ["ERM", "AIM-Fair", "Full fine-tuning", "Linear probing", "Random 85 %", "JTT"],
                settings=tiny | settings | {"data.root": str(real_data / "fairface-27k")}, store=tmp_path, workers=1, progress=False)
     sets, told = done.sets(), done.about()
-    assert len(done.group_images) == len(group_sizes(sets.train)) == 14 and min(done.group_images.values()) > 100
+    assert len(done.group_images) == len(group_sizes(sets.train)) == 14 and min(done.group_images.values()) > 70
     assert "Female, Black and Male, White are the frequent ones" in told["extra"] and generator in told["generator"]
     assert "real ones taken by their group labels" in told["extra"] and "fewer than" not in told["extra"]
     assert not set(sets.pool.ids) & (set(sets.train.ids) | set(sets.val.ids) | set(sets.test.ids))
@@ -62,5 +62,5 @@ def test_fairface64_at_tiny_size(settings, generator, real_data, tmp_path):
     ("fairface64", {"data.root": "fairface-27k"})])
 def test_profiles_of_real_faces_have_the_images_they_ask_for(real_data, tmp_path, name, settings):
     plan, left_out = make_plan(name, settings={k: str(real_data / v) for k, v in settings.items()}, store=tmp_path)
-    assert not plan.impossible and len(plan.cases) == {"celeba64": 10, "utkface64": 12, "fairface64": 12}[name] and plan.missing
+    assert not plan.impossible and len(plan.cases) == {"celeba64": 10, "utkface64": 12, "fairface64": 11}[name] and plan.missing
     assert plan.profile.run.tune and plan.profile.budget.steps and plan.profile.synthetic.held_out
