@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, listed, one_line, user_path, write_whole
+from ..core import DataError, listed, one_line, spread, user_path, write_whole
 from ..groups import in_order, names_of, plain
 from ..data import faces_table, is_image
 from ..data.tables import USUAL_COLUMNS
@@ -58,7 +58,7 @@ def _sizes(paths, most: int = 50):
     "The sizes of some images, in words."
     from PIL import Image
     seen = []
-    for path in paths[:: max(1, len(paths) // most)]:
+    for path in spread(paths, most):
         try:
             with Image.open(path) as image:
                 seen.append(image.size)

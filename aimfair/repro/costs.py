@@ -79,11 +79,11 @@ def generation_rate(
     folder: Path | None = None,  # of the generator; None: not here, taken for Stable Diffusion 2.1
 ) -> float:  # images a second, on one core of a CPU
     "The assumed rate of generation, scaled by steps, pixels and parameters."
-    steps, side = recommended(folder)
+    suggested, side = recommended(folder)
+    steps = synthetic.steps or suggested
     parameters = (parameters_in(folder) if folder else None) or STABLE_DIFFUSION
-    effort = (synthetic.steps or steps) / 50 * ((synthetic.render_size or side) / 512) ** 2 * parameters / STABLE_DIFFUSION
-    least = A_STEP[device] * (synthetic.steps or steps)
-    return 1 / (max(effort / ASSUMED[device]["generate"], least) + OVERHEAD[device][1])
+    effort = steps / 50 * ((synthetic.render_size or side) / 512) ** 2 * parameters / STABLE_DIFFUSION
+    return 1 / (max(effort / ASSUMED[device]["generate"], steps * A_STEP[device]) + OVERHEAD[device][1])
 
 # %% ../../nbs/17_repro/08_costs.ipynb #80afb960
 def assumed_rates(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import DataError
+from ..core import DataError, spread
 from ..data import normalize
 from ..device import autocast
 from .autoencoder import SCALE
@@ -68,7 +68,7 @@ def losses_of_photos(
     device: torch.device,
 ) -> torch.Tensor:  # float32 (questions,)
     "What the recogniser loses on photos, on average over some that are spread over all of them."
-    rows = torch.arange(0, len(images), max(1, len(images) // 2048))
+    rows = spread(torch.arange(len(images)), 2048)
     total = torch.zeros(len(questions.parts))
     for block, some in enumerate(rows.split(128)):
         seen = disturbed(normalize(torch.from_numpy(np.array(images[some.numpy()]))).to(device), torch.Generator().manual_seed(block))
@@ -85,11 +85,11 @@ class Look(NamedTuple):
 
     def foreseen(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # float32 B x C x H x W, latents
         "What the picture is taken to be at time t; a gradient passes through the look at the words."
-        t, signal = t.expand(len(z)), schedulers()[0].alphas_cumprod.to(z.device)[t]
+        t = t.expand(len(z))
         with torch.no_grad():
             without = self.denoiser(z, t, self.nothing).sample.float()
         v = without + self.guidance_scale * (self.denoiser(z, t, self.words).sample.float() - without)
-        return signal.sqrt() * z - (1 - signal).sqrt() * v
+        return schedulers()[0].get_velocity(v, z, t)  # the turn that gives the velocity of picture and noise, once more
 
     @torch.no_grad()
     def arrived(self, noise: torch.Tensor, steps: int, look: int) -> tuple[torch.Tensor, torch.Tensor]:  # B x C x H x W; scalar
@@ -110,7 +110,7 @@ class Asked(NamedTuple):
     questions: Questions  # that captions answer
     recogniser: nn.Module
 
-    def faces(self, config: T2IConfig, g: torch.Generator, n: int) -> tuple[torch.Tensor, torch.Tensor]:  # int64 n; n x L
+    def faces(self, g: torch.Generator, n: int) -> tuple[torch.Tensor, torch.Tensor]:  # int64 n; n x L
         "Images whose captions are what is asked for, and the tokens of a caption of each."
         images = len(self.questions.answers)
         rows = (torch.ones(images) if self.weights is None else self.weights).multinomial(n, True, generator=g)
@@ -142,7 +142,7 @@ def losses_of_noise(
     for t in sampler.timesteps:
         g, total = step_generator(seed, 6, 0), 0
         for _ in range(4):
-            rows, ids = asked.faces(config, g, 64)
+            rows, ids = asked.faces(g, 64)
             z = latents[rows].float()
             z = noising.add_noise(z, torch.randn(z.shape, generator=g), t).to(device, memory_format=torch.channels_last)
             with autocast(device, "fast"):
@@ -159,7 +159,7 @@ def adherence_loss(
     "A function that draws the faces of a step, and gives their loss beyond what photos lose, summed over questions."
     def loss_of(step):
         g = step_generator(seed, 5, step)
-        rows, ids = asked.faces(config, g, config.adherence_batch)
+        rows, ids = asked.faces(g, config.adherence_batch)
         noise = torch.randn(len(rows), config.latent_channels, config.side, config.side, generator=g).to(device)
         number = int(torch.randint(config.sampling_steps, (1,), generator=g))
         with autocast(device, "fast"):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from ..core import spread
 from ..data import normalize
 from ..device import autocast, pick_device, seeded
 from .recipe import T2IConfig, minimise, run_identity, step_generator
@@ -90,7 +91,7 @@ def create_autoencoder(
     """
     from diffusers import AutoencoderTiny
     config = config or T2IConfig()
-    mean, directions, deviations = patch_components(images[:: max(1, len(images) // 2000)], config.latent_channels)
+    mean, directions, deviations = patch_components(spread(images, 2000), config.latent_channels)
     gain = deviations.clamp(min=1e-3) ** -0.5
     gain = gain / (deviations * gain).square().mean().sqrt()
     vae = AutoencoderTiny(encoder_block_out_channels=(48,) * 3, decoder_block_out_channels=(config.decoder_width,) * 3,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..core import spread
 from ..data import normalize
 from .autoencoder import encoded
 from .recipe import T2IConfig
@@ -99,7 +100,7 @@ def feature_code(
 ) -> FeatureCode:
     "The code of some images: seven of twelve latents are what the network sees, as far as it has so many channels."
     device = next(stages.parameters()).device
-    some = torch.from_numpy(np.array(images[:: max(1, len(images) // 4000)]))
+    some = torch.from_numpy(np.array(spread(images, 4000)))
     parts = [seen_and_small(stages, normalize(x).to(device)) for x in some.split(256)]
     rows = [torch.cat(x).permute(0, 2, 3, 1).flatten(0, 2).cpu() for x in zip(*parts, strict=True)]
     n = min(round(config.latent_channels * 7 / 12), rows[0].shape[1])

@@ -9,6 +9,8 @@ __all__ = ['tilts', 'looks', 'mirrored_words']
 import numpy as np
 from scipy.ndimage import uniform_filter
 
+from ..core import spread
+
 # %% ../../nbs/07_t2i/02_looks.ipynb #9d72fdf2
 def _luminance(images):
     "float32 N x H x W in [0, 1], by Rec. 601."
@@ -71,7 +73,7 @@ def tilts(
     *, most: int = 1500,  # images to learn from
 ) -> np.ndarray:  # float32 (N,), degrees counterclockwise: above 0 the top of the head leans to the left of the image
     "How far heads are tilted, learnt from the images themselves, turned by known angles."
-    some, angles = images[:: max(1, len(images) // most)], (-16, -8, 8, 16)
+    some, angles = spread(images, most), (-16, -8, 8, 16)
     before = _odd_part(some)
     moved = np.concatenate([_odd_part(_turned(some, a)) - before for a in angles]).astype(np.float64)
     by = np.repeat(np.float64(angles), len(some))

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from ..core import Settings, digest, progress_bar, whole_file
+from ..core import Settings, digest, progress_bar, spread, whole_file
 from ..device import stream_seed
 
 # %% ../../nbs/07_t2i/04_recipe.ipynb #5f2ca937
@@ -210,10 +210,6 @@ def minimise(
     learner.average.swap()
 
 # %% ../../nbs/07_t2i/04_recipe.ipynb #3ccbdcb7
-def _some(rows):
-    return rows[:: max(1, len(rows) // 64)]
-
-
 def run_identity(
     config: T2IConfig,
     seed: int,
@@ -225,10 +221,10 @@ def run_identity(
     fields = {k: v for k, v in config.model_dump().items() if k not in passing and not k.startswith(("adherence", "distillation"))}
     if decoder:
         fields = {k: v for k, v in fields.items() if k.startswith(("code", "critic", "decoder", "latent", "size"))}
-    some = np.ascontiguousarray(_some(images))
+    some = np.ascontiguousarray(spread(images, 64))
     return json.dumps([fields, seed, len(images), digest(some, length=64)], sort_keys=True, default=list)
 
 
 def latents_identity(latents: Sequence[torch.Tensor]) -> str:
     "What makes two sets of latents the same, for runs whose latents depend on more than their settings and images."
-    return digest(*(_some(z).numpy() for z in latents))
+    return digest(*(spread(z, 64).numpy() for z in latents))
