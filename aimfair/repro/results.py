@@ -7,6 +7,7 @@ __all__ = ['settings_chosen', 'choices_made', 'as_toml', 'Outcome', 'Results', '
 
 # %% ../../nbs/17_repro/11_results.ipynb #b0ac807d
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -174,7 +175,9 @@ def _shortages(results):
     if not any(c.method == "Data repairing" for c in results.cases):
         return []
     short = shortage(results.sets().train, results.sets().pool)
-    told = "; ".join(f"{n} of group {results.names.title(g)}" for g, n in short.items())
+    as_many = Counter(short.values())
+    told = "; ".join(dict.fromkeys(f"{n} of each of {as_many[n]} groups" if as_many[n] > 2 else f"{n} of group {results.names.title(g)}"
+                                   for g, n in short.items()))
     return [f"data repairing ran short of images: {told}"] if short else []
 
 # %% ../../nbs/17_repro/11_results.ipynb #472dc483

@@ -24,6 +24,7 @@ from ..data import Faces, chosen_batches
 from ..device import autocast, seeded, stream_seed
 from ..models import classification_loss, logits_of, predicted_labels
 from .callbacks import Callback
+from .depthwise import depthwise_gradients
 from .masks import Mask, left_out, only_trainable, put_back, without_held
 from .predictions import Criteria, judge, placed
 from .ranks import (ALONE, Ranks, backward_from, check_same, current_ranks, once, own_device, piece_lengths,
@@ -78,7 +79,7 @@ def _train_mode(model, freeze_batchnorm):
 
 
 def _logits(run, images):
-    with autocast(run.device, run.config.precision):
+    with autocast(run.device, run.config.precision), depthwise_gradients(run.device):
         return logits_of(run.model, images.contiguous(memory_format=run.layout))
 
 

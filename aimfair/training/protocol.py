@@ -30,7 +30,8 @@ class _Protocol(Settings):
     gamma: float = Field(0.1, gt=0)
     scale: tuple[float, float] = Field((0.08, 1.0), description="area of the random crop, as a share of the image")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
-    precision: str = Field("auto", pattern="^(auto|float32|bfloat16)$", description="auto: bfloat16 on a GPU that has it")
+    precision: str = Field("auto", pattern="^(auto|fast|float32|bfloat16)$",
+                           description="auto: bfloat16 on a GPU that has it; fast: also on a CPU that has it")
     schedule: Literal["milestones", "cosine"] = Field("milestones", description="cosine: falls at every step, without milestones and gamma")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps in which the learning rate rises to its first value")
     layer_decay: float | None = Field(None, gt=0, le=1, description="factor of the learning rate from each layer to the one before it")
