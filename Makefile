@@ -19,7 +19,7 @@ PATHS := PATH="$$(cd $(BIN) && pwd):$$PATH"
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce figures worlds bench gpu-check test lab lint export readme docs dist clean distclean FORCE
+.PHONY: help setup reproduce figures photos worlds bench gpu-check test lab lint export readme docs dist clean distclean FORCE
 
 # a checkout that was moved, or whose Python is gone, needs a new environment: its scripts hold absolute paths
 ifneq "$(shell $(BIN)/python -c '' 2>/dev/null && cat $(STAMP) 2>/dev/null)" "$(CURDIR)"
@@ -29,6 +29,7 @@ endif
 help:
 	@echo 'make reproduce  set up, then regenerate all tables and figures, one seed (ARGS="--profile celeba64 --only tradeoff")'
 	@echo 'make figures    the same with five seeds, ten for claims, into figures/ (hours)'
+	@echo 'make photos     the same of photos, five seeds, into figures/PROFILE (PROFILE=fairface64; hours)'
 	@echo 'make worlds     what the results of photos in figures/ say beside those of the drawn world'
 	@echo 'make test       set up, then run the notebooks and the fast tests (AIMFAIR_SLOW=1: the slow ones too)'
 	@echo 'make bench      time every stage on one core, and say what became slower'
@@ -74,6 +75,11 @@ figures: $(STAMP)
 ifeq "$(findstring --only,$(ARGS))" ""
 	$(BIN)/aimfair reproduce --seeds 10 --only finetuning_strategies --only ablation_top_k $(THOROUGH) $(ARGS)
 endif
+
+# photos are read from AIMFAIR_DATA, or from where --set data.root=FOLDER says; no photo is in what is written
+PROFILE ?= fairface64
+photos: $(STAMP)
+	$(BIN)/aimfair reproduce --profile $(PROFILE) --seeds 5 --shareable --out figures/$(PROFILE) $(ARGS)
 
 # from the folders of results alone: figures/ and those of photos in it, such as figures/celeba64
 worlds: $(STAMP)

@@ -6,8 +6,8 @@
 __all__ = ['DataError', 'DataWarning', 'one_line', 'of_network', 'listed', 'did_you_mean', 'unknown', 'spread', 'SettingsError',
            'Settings', 'user_path', 'read_settings', 'parse_ratio', 'aside_of', 'whole_file', 'write_whole',
            'put_in_place', 'whole_folder', 'remove_unfinished', 'only_worker', 'read_lines', 'append_lines', 'digest',
-           'file_digest', 'asset', 'cores', 'launched', 'in_words', 'quiet_libraries', 'progress_bar', 'shown_figure',
-           'Html', 'as_html', 'html_table', 'html_bar', 'html_curve', 'data_url', 'html_strip']
+           'file_digest', 'asset', 'cores', 'launched', 'in_words', 'in_bytes', 'quiet_libraries', 'progress_bar',
+           'shown_figure', 'Html', 'as_html', 'html_table', 'html_bar', 'html_curve', 'data_url', 'html_strip']
 
 # %% ../nbs/00_core.ipynb #cde4601d
 import base64
@@ -388,6 +388,14 @@ def in_words(seconds: float) -> str:  # "25 s", "3.4 min", "2.1 h", "3.0 days"
         if seconds >= (2 if unit == "days" else 1) * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def in_bytes(n: float) -> str:  # "900 B", "4.0 kB", "3.4 MB", "2.0 GB"
+    "A number of bytes, as people say it."
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n:.0f} B"
 
 # %% ../nbs/00_core.ipynb #5dcce22e
 @contextmanager

@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..core import of_network, user_path, write_whole
+from ..core import in_bytes, of_network, user_path, write_whole
 
 # %% ../../nbs/04_data/06_cards.ipynb #7389dd4a
 def new_card(
@@ -155,14 +155,6 @@ def _check_repo_id(repo_id: str) -> str:
     return repo_id
 
 # %% ../../nbs/04_data/06_cards.ipynb #96dd2ac3
-def _size(n: int) -> str:
-    "A number of bytes, for people."
-    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= step:
-            return f"{n / step:.1f} {unit}"
-    return f"{n} B"
-
-
 def _lines(files: dict[str, int], most: int = 8) -> list[str]:
     "A line a file, or a line a folder where it holds more files than `most`."
     homes = {}
@@ -171,7 +163,7 @@ def _lines(files: dict[str, int], most: int = 8) -> list[str]:
     rows = []
     for home, inside in homes.items():
         rows += [(f"{home}/ ({len(inside)} files)", sum(inside.values()))] if home and len(inside) > most else inside.items()
-    return [f"{_size(size):>9}  {name}" for name, size in rows]
+    return [f"{in_bytes(size):>9}  {name}" for name, size in rows]
 
 # %% ../../nbs/04_data/06_cards.ipynb #99fa28e4
 @dataclass(frozen=True)
@@ -184,7 +176,7 @@ class Upload:
     url: str | None = None  # of the commit; None: nothing was sent
 
     def __str__(self):
-        what = f"{len(self.files)} files, {_size(sum(self.files.values()))}"
+        what = f"{len(self.files)} files, {in_bytes(sum(self.files.values()))}"
         where = f"the {self.repo_type} repository {self.repo_id}"
         if self.url:
             return f"{where} has {what}: {self.url}"

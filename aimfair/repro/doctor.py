@@ -23,7 +23,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..core import cores, in_words
+from ..core import cores, in_bytes, in_words
 from ..data import celeba, fairface, on_disk, utkface
 from ..device import pick_device
 from ..groups import biased_counts, biased_split
@@ -311,10 +311,6 @@ def disk_needed(
             "gradients": parameters * sum(job.stage == "gradients" for job in jobs)}
 
 # %% ../../nbs/17_repro/10_doctor.ipynb #47c20905
-def _size(n):
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
-
-
 def disk_row(
     needed: dict[str, int],  # bytes by kind
     store: str | Path | Store,
@@ -325,12 +321,12 @@ def disk_row(
     there = sum(f.stat().st_size for f in root.rglob("*") if f.is_file()) if root.is_dir() else 0
     place = next(p for p in (root, *root.parents) if p.is_dir())
     free, total = shutil.disk_usage(place).free, sum(needed.values())
-    parts = ", ".join(f"{what} {_size(n)}" for what, n in needed.items())
-    found = f"{_size(free)} free" + (f", {_size(there)} used by the store" if there else "")
+    parts = ", ".join(f"{what} {in_bytes(n)}" for what, n in needed.items())
+    found = f"{in_bytes(free)} free" + (f", {in_bytes(there)} used by the store" if there else "")
     enough = free + there >= total
     how = "AIMFAIR_CACHE=FOLDER" if isinstance(store, RemoteStore) else "--store FOLDER"
     larger = "" if enough else f"; name a folder on a larger disk: {how}"
-    return _row("disk", "ok" if enough else "missing", found, f"{_size(total)} in all: {parts}{larger}")
+    return _row("disk", "ok" if enough else "missing", found, f"{in_bytes(total)} in all: {parts}{larger}")
 
 # %% ../../nbs/17_repro/10_doctor.ipynb #980b58af
 def _cores_at_work():
