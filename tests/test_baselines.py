@@ -586,6 +586,15 @@ def pixels(faces):
     return faces.gather(slice(None)).numpy().astype(int)
 
 
+def test_long_prompts_of_edits_are_told_in_one_line(pipeline, caplog):
+    def at_length(target, protected): return spoken(target, protected) + ", in a photograph of the highest quality" * 20
+
+    with pytest.warns(UserWarning, match="4 of 4 prompts are longer than the [0-9]+ tokens") as caught:
+        edit_protected(portraits(), pipeline, at_length, steps=4, strength=0.6, progress=False)
+    assert len([w for w in caught if "longer" in str(w.message)]) == 1
+    assert "truncated" not in caplog.text  # as the pipeline would say of every batch
+
+
 def test_every_face_is_edited_towards_every_class_with_its_target_kept(pipeline, monkeypatch):
     from diffusers import StableDiffusionImg2ImgPipeline
     asked, original = [], StableDiffusionImg2ImgPipeline.__call__

@@ -20,6 +20,8 @@ from ..core import Settings, progress_bar
 from ..data import Faces
 from ..groups import group_name, parse_group
 from ..models import copy_model
+from ..synthesis.rendering import warn_long
+from ..t2i.pipelines import quiet
 
 # %% ../../nbs/13_baselines/03_editing.ipynb #ac85cf9a
 def _strength_range(strength):
@@ -130,7 +132,8 @@ def edit_protected(
     editor.set_progress_bar_config(disable=True)
     side = size or editor.unet.config.sample_size * editor.vae_scale_factor
     images = np.empty((len(plan), 3, *faces.size), np.uint8)
-    with torch.inference_mode(), progress_bar(total=len(plan), desc="editing", disable=not progress) as bar:
+    warn_long(pipeline, list(dict.fromkeys(plan.prompt)))
+    with quiet(), torch.inference_mode(), progress_bar(total=len(plan), desc="editing", disable=not progress) as bar:
         for _, same in plan.groupby("steps"):
             for start in range(0, len(same), batch_size):
                 rows = same.iloc[start:start + batch_size]

@@ -222,13 +222,12 @@ def _common_facts(identity: dict) -> dict:
     return {"generator": identity["generator"], **{k: settings[k] for k in ("scheduler", "steps", "guidance_scale", "negative_prompt")}}
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #fc0de9cb
-def warn_long(pipe, prompts: GroupPrompts):
+def warn_long(pipe, texts: list[str]):
     "Warn about prompts that no text encoder of the pipeline reads to the end."
     readers = [c for c in getattr(pipe, "components", {}).values() if hasattr(c, "model_max_length") and callable(c)]
     if not readers:
         return
     reader = max(readers, key=lambda c: c.model_max_length)
-    texts = [t for group in prompts.groups.values() for t in group]
     with quiet():
         long = [t for t in texts if len(reader(t).input_ids) > reader.model_max_length]
     if long:
@@ -263,7 +262,7 @@ def _cannot_fill(out, short: set[str], per_group: int, max_attempts: float) -> S
 
 def warn_of_prompts(pipe, prompts: GroupPrompts):
     "Warn about prompts that the generator does not read to the end, and about words that it has never read."
-    warn_long(pipe, prompts)
+    warn_long(pipe, [text for texts in prompts.groups.values() for text in texts])
     _warn_unread(pipe, prompts)
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #c2bf715b

@@ -123,7 +123,8 @@ def sample_sheet(
     "What the generator draws for some prompts."
     from PIL import Image
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    images = pipeline(list(prompts), num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators).images
+    with quiet():
+        images = pipeline(list(prompts), num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators).images
     size = images[0].width
     sheet = Image.new("RGB", (columns * size, -(-len(images) // columns) * size), "white")
     for i, image in enumerate(images):
