@@ -117,8 +117,7 @@ def edit_protected(
     prompts: Prompts,  # {"t_p": [prompts]}, or a function of target and protected class; the target's phrase belongs in each
     *, protected: tuple[int, ...] | None = None,  # the classes that every face is edited towards; None: all that prompts have
     strength: float | tuple[float, float] = EditSettings().strength,  # degree of the edit in [0, 1], or its range
-    guidance_scale: float = 7.5,
-    negative_prompt: str | None = None,
+    guidance_scale: float = 7.5, negative_prompt: str | None = None,
     steps: int = EditSettings().denoising_steps,  # of a denoising from pure noise; an edit takes the share `strength` of them
     size: int | None = None,  # pixels at which the pipeline works; None: those it was made for
     seed: int = 0, batch_size: int = 16,  # its size changes the speed only
@@ -134,13 +133,11 @@ def edit_protected(
     images = np.empty((len(plan), 3, *faces.size), np.uint8)
     warn_long(pipeline, list(dict.fromkeys(plan.prompt)))
     with quiet(), torch.inference_mode(), progress_bar(total=len(plan), desc="editing", disable=not progress) as bar:
-        for _, same in plan.groupby("steps"):
-            for start in range(0, len(same), batch_size):
-                rows = same.iloc[start:start + batch_size]
-                x = _resized(faces.gather(rows.row.to_numpy()).float() / 255, (side, side))
-                edited = _edit(editor, x, rows, steps, guidance_scale, negative_prompt)
-                images[rows.index] = (_resized(edited, faces.size) * 255).round().to(torch.uint8).cpu().numpy()
-                bar.update(len(rows))
+        for rows in (same.iloc[i:i + batch_size] for _, same in plan.groupby("steps") for i in range(0, len(same), batch_size)):
+            x = _resized(faces.gather(rows.row.to_numpy()).float() / 255, (side, side))
+            edited = _resized(_edit(editor, x, rows, steps, guidance_scale, negative_prompt), faces.size)
+            images[rows.index] = (edited * 255).round().to(torch.uint8).cpu().numpy()
+            bar.update(len(rows))
     return Faces.from_arrays(images, plan.target.to_numpy(), protected=plan.protected.to_numpy(), ids=plan.id.to_numpy(str))
 
 # %% ../../nbs/13_baselines/03_editing.ipynb #a978d21f
