@@ -12,35 +12,36 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-# %% ../../nbs/10_training/04b_depthwise.ipynb #c319a0ba
+# %% ../../nbs/10_training/04b_depthwise.ipynb #026bbb36
 _gradients = torch.ops.aten.convolution_backward
 
 
 def _windows(taps, padding, stride, n, m):
-    "The first taps of windows of three that cover all which meet n pixels, where m come out; and the zeros needed behind them."
-    first, stop = max(0, padding - (m - 1) * stride), min(taps, padding + n)
-    first = max(0, min(first, taps - 3))
+    "The first taps of windows of three that cover all which meet n pixels, where m come out; and the border that they need on both sides."
+    first, stop = max(0, min(taps - 3, padding - (m - 1) * stride)), min(taps, padding + n)
     stop = max(stop, first + 3)
-    return sorted({min(i, stop - 3) for i in range(first, stop, 3)}), max(0, (m - 1) * stride + taps - padding - n)
+    starts = sorted({min(i, stop - 3) for i in range(first, stop, 3)})
+    return starts, (padding - first, stop + (m - 1) * stride - padding - n)
 
 
 def _weight_gradient(g, x, w, stride, padding):
     "The gradient of C x 1 x k x k filters, k of 3 or more."
-    (tops, below), (lefts, right) = map(_windows, w.shape[2:], padding, stride, x.shape[2:], g.shape[2:])
-    padded = F.pad(x, (padding[1], right, padding[0], below))
+    (tops, rows), (lefts, columns) = map(_windows, w.shape[2:], padding, stride, x.shape[2:], g.shape[2:])
+    needed = F.pad(x, (*columns, *rows))
     high, wide = ((m - 1) * s + 3 for m, s in zip(g.shape[2:], stride, strict=True))
     whole, three, only = torch.zeros_like(w), w.new_empty(len(w), 1, 3, 3), (False, True, False)
     for i in tops:
         for j in lefts:
-            part = padded[:, :, i:i + high, j:j + wide].contiguous(memory_format=torch.channels_last)
+            at = i - tops[0], j - lefts[0]
+            part = needed[:, :, at[0]:at[0] + high, at[1]:at[1] + wide].contiguous(memory_format=torch.channels_last)
             whole[:, :, i:i + 3, j:j + 3] = _gradients(g, part, three, None, stride, (0, 0), (1, 1), False, (0, 0), len(w), only)[1]
     return whole
 
-# %% ../../nbs/10_training/04b_depthwise.ipynb #8a868123
+# %% ../../nbs/10_training/04b_depthwise.ipynb #42750077
 def _input_gradient(g, w, size, stride, padding):
     "The gradient of images of a size, by a convolution of the spread gradient; padding is less than the filter."
     spread = [n + 2 * p - k + 1 for n, p, k in zip(size, padding, w.shape[2:], strict=True)]
-    between = torch.zeros((*g.shape[:2], *spread), dtype=g.dtype).to(memory_format=torch.channels_last)
+    between = torch.empty((*g.shape[:2], *spread), dtype=g.dtype, memory_format=torch.channels_last).zero_()
     between[:, :, ::stride[0], ::stride[1]][:, :, :g.shape[2], :g.shape[3]] = g
     return F.conv2d(between, w.flip(2, 3), None, 1, [k - 1 - p for p, k in zip(padding, w.shape[2:], strict=True)], 1, len(w))
 
