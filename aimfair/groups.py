@@ -73,8 +73,8 @@ class Names:
     def title(
         self, group: Group,
     ) -> str:  # "Female, East Asian", or "0_2"
-        "A group's name in a sentence or a table."
-        return ", ".join(self.words(group)) if self.target or self.protected else "_".join(self.words(group))
+        "A group's name in a sentence or a table: its words as people write them, without underscores."
+        return ", ".join(self.words(group)).replace("_", " ") if self.target or self.protected else "_".join(self.words(group))
 
     def agrees(
         self, other: "Names",
