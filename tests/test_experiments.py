@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from faults import interrupt_at, kill_when
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from aimfair.experiments import EXPERIMENTS, METHODS, STRATEGIES, from_notebook, make_plan, reproduce, results, run
 from aimfair.groups import group_sizes
@@ -55,6 +57,7 @@ from aimfair.repro import (
     status,
     why,
 )
+from aimfair.repro.catalogue import cases_of, find_method
 
 TINY = {"data.n": 80, "data.n_train": 200, "data.n_val": 40, "data.n_test": 80, "synthetic.kind": "studio", "synthetic.pool": 44,
         "synthetic.per_group": 20, "train.epochs": 2, "finetune.epochs": 1, "train.batch_size": 16, "finetune.batch_size": 16,
@@ -191,13 +194,42 @@ def test_every_method_of_every_table_runs(tiny):
     "The comparison, and all partial strategies, on the store of the tiny experiment: what they share is there already."
     results, store = tiny
     names = [m for m in METHODS if m not in STRATEGIES and m != "DiGA-style"]  # which edits with a generator
+    names += ["Only layer1", "All but head"]
     done = run("toy", names, seeds=1, settings=TINY, store=store, workers=1, progress=False)
-    shown = [f"{m} †" if METHODS[m].reads_labels else m for m in names]
+    shown = [f"{m} †" if find_method(m).reads_labels else m for m in names]
     assert sorted(done.predictions.method.unique()) == sorted(shown) and done.predictions.logit.notna().all()
     trained = [about for about in status(store).itertuples() if about.stage == "train"]
     assert sum("real, seed 100" in about.what for about in trained) == 1, "all share one biased model"
     with pytest.raises(ValueError, match="DiGA-style: edits faces with a generator"):
         run("toy", ["DiGA-style"], seeds=1, settings=TINY, store=store, workers=1, progress=False)
+    with pytest.raises(ValueError, match="Only layer9: no block 'layer9'; did you mean layer"):
+        run("toy", ["Only layer9"], seeds=1, settings=TINY, store=store, workers=1, progress=False)
+
+
+@pytest.mark.parametrize("name,stages", [
+    ("toy_resnet18", ["layer1", "layer2", "layer3", "layer4"]),
+    ("timm/tf_efficientnet_lite0", ["blocks.0", "blocks.2", "blocks.4", "blocks.6"]),
+    ("mobilenet_v3_small", ["features.0", "features.4", "features.8", "features.12"]),
+    ("timm/vit_tiny_patch16_224", ["blocks.0", "blocks.4", "blocks.7", "blocks.11"]),
+    ("timm/convnext_atto", ["stages.0", "stages.1", "stages.2", "stages.3"]),
+    ("densenet121", [f"features.denseblock{i}" for i in (1, 2, 3, 4)]),
+])
+def test_partial_fine_tuning_is_of_the_network_that_is_there(name, stages):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    cases, lacking = cases_of(load_profile("toy", {"model.name": name, "model.weights": None}), "partial_finetuning")
+    assert [c.method for c in cases if c.method.startswith(("Only", "All"))] == [f"{w} {s}" for w in ("Only", "All but") for s in stages]
+    assert not lacking
+
+
+def test_a_part_of_a_network_that_is_no_resnet_is_what_moves(tmp_path):
+    settings = TINY | {"model.name": "mobilenet_v3_small", "model.weights": None}
+    methods = ["ERM, start", "Only features.4", "All but features.4"]
+    done = run("toy", methods, seeds=1, settings=settings, store=tmp_path, workers=1, progress=False)
+    before, *after = (load_file(done.plan.end(case, 100).of.run(done.plan.store) / "model.safetensors") for case in done.cases)
+    for inside, tensors in zip((True, False), after, strict=True):
+        moved = [n for n, v in tensors.items() if not torch.equal(v, before[n]) and "running_" not in n and "num_batches" not in n]
+        assert moved and all(n.startswith("features.4.") == inside for n in moved)
 
 
 def test_k_is_chosen_as_one_would_by_hand(tiny):
@@ -327,7 +359,7 @@ class TestTuning:
         from aimfair.repro import Main
         main = Main(searched[0].profile.protocol, 100)
         assert main.tune("ERM, start", "natural") is None
-        assert {name: METHODS[name].tuned_as for name in ("Random 55 %", "Random 85 %", "Only layer1")} == {
+        assert {name: find_method(name).tuned_as for name in ("Random 55 %", "Random 85 %", "Only layer1")} == {
             "Random 55 %": "Random 85 %", "Random 85 %": "Random 85 %", "Only layer1": "AIM-Fair"}
 
     def test_what_a_choice_led_to_is_not_called_unused(self, searched):
@@ -474,7 +506,7 @@ MANY = {k: v for k, v in TINY.items() if not k.startswith("data.n_")} | {
     "synthetic.held_out": 4, "model.name": "toy_resnet18", "train.epochs": 1}
 AGES = {"data.target": "age", "data.protected": "race", "data.bins": "0-19, 20-39, 40+",
         "data.majority": "0-19_Black, 20-39_Indian, 40+_Latino_Hispanic", "data.n": 111}
-ALL = tuple(m for m in METHODS if m != "DiGA-style" and not m.startswith(("Random 4", "Random 5", "Random 7", "Only", "All but")))
+ALL = tuple(m for m in METHODS if m != "DiGA-style" and not m.startswith(("Random 4", "Random 5", "Random 7")))
 
 
 @pytest.fixture(scope="module")
