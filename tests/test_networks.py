@@ -145,8 +145,9 @@ def test_sizes_are_the_processors(folder, options, size):
     assert image_size(model_from(f"hf/{place}")) == size
 
 
-def test_what_is_no_classifier_of_hugging_face_is_refused_in_a_line(folder, tmp_path):
+def test_what_is_no_classifier_of_hugging_face_is_refused_in_a_line(folder, tmp_path, monkeypatch):
     from transformers import BertConfig, BertModel, ViTModel
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # without a network the hub would be asked for a minute
     place = folder("vit")
     ViTModel(tiny("vit")[0].config).save_pretrained(tmp_path / "body")
     BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)).save_pretrained(
