@@ -17,7 +17,8 @@ from ..baselines import BASELINES
 from ..core import unknown
 from .choices import ChooseK, Tune, Tuned
 from .images import Images, groups_in, names_in
-from .jobs import RULES, FineTune, Predict, Train, TrainBaseline, block_names, default_ks, n_tensors, stages, with_settings
+from .jobs import RULES, FineTune, Predict, Train, TrainBaseline, block_names, default_ks, n_tensors
+from .jobs import repeated_blocks, with_settings
 from .profiles import Profile, Protocol, changed
 from .store import Job
 
@@ -116,8 +117,9 @@ class FineTuned(Method):
 
     def lacks(self, protocol):
         kind, _, block = self.mask.partition("-")
-        there = block_names(protocol.model) if kind in ("only", "but") else [block]
-        return None if block in there else unknown("block", block, there)
+        if kind not in ("only", "but") or block in (there := block_names(protocol.model)):
+            return None
+        return unknown("block", block, there)
 
 # %% ../../nbs/17_repro/06_catalogue.ipynb #46279b2f
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def find_method(
 ) -> Method:
     "A method by name. Raises `ValueError` for an unknown one."
     for words, mask in _OF_A_BLOCK.items():
-        if block := name.removeprefix(words) if name.startswith(words) else "":
+        if (block := name.removeprefix(words)) not in ("", name):
             return FineTuned(name, mask=f"{mask}{block}", like="AIM-Fair")
     if name not in METHODS:
         raise ValueError(unknown("method", name, METHODS))
@@ -315,7 +317,7 @@ def _strategies(p):
 
 
 def _partial(p):
-    parts = [words + block for words in _OF_A_BLOCK for block in stages(p.model)]
+    parts = [words + block for words in _OF_A_BLOCK for block in repeated_blocks(p.model)]
     return rows(["ERM", *_BY_LOT, *parts, *_RANKED, "Full fine-tuning", "AIM-Fair"])
 
 

@@ -20,7 +20,6 @@ from ..device import seeded, stream_seed
 from ..groups import Group, group_indices
 from ..models import classification_loss, copy_model, logits_of, settle_format
 from ..training import Loss, movable_tensors
-from ..training.depthwise import depthwise_gradients
 from ..training.loop import add_gradients
 from ..training.ranks import ALONE, Ranks, current_ranks, own_device, sum_gradients
 
@@ -39,9 +38,7 @@ def _probe(model, device):
 
 def _gradient_sums(probe, batches, loss_fn, device, pieces=1, ranks=ALONE):
     "Sum over batches of the batch gradients, on the probe's `.grad`; returns the number of batches and images."
-    def logits(x):
-        with depthwise_gradients(device):
-            return logits_of(probe, x.contiguous(memory_format=layout))
+    def logits(x): return logits_of(probe, x.contiguous(memory_format=layout))
 
     probe.zero_grad(set_to_none=True)
     n_batches = n_images = 0

@@ -44,7 +44,8 @@ def add_gradients(forward, loss_fn, images, y, rows=None, pieces=1, ranks=ALONE)
     parts = images.split([len(ranks.share(n)) or 1 for n in lengths])
     total, logits = 0.0, []
     for x, labels, of in zip(parts, y.split(lengths), rows, strict=True):
-        z, own = whole_logits(forward, x, len(labels), ranks)
+        with depthwise_gradients(x.device):
+            z, own = whole_logits(forward, x, len(labels), ranks)
         loss = loss_fn(z, labels, of) * (len(labels) / len(y))
         backward_from(loss, z, own, ranks)
         total = total + loss.detach()
@@ -79,7 +80,7 @@ def _train_mode(model, freeze_batchnorm):
 
 
 def _logits(run, images):
-    with autocast(run.device, run.config.precision), depthwise_gradients(run.device):
+    with autocast(run.device, run.config.precision):
         return logits_of(run.model, images.contiguous(memory_format=run.layout))
 
 
