@@ -17,24 +17,26 @@ _gradients = torch.ops.aten.convolution_backward
 
 
 def _windows(taps, padding, stride, n, m):
-    "The first taps of windows of three that cover all which meet n pixels, where m come out; and the border that they need on both sides."
-    first, stop = max(0, min(taps - 3, padding - (m - 1) * stride)), min(taps, padding + n)
-    stop = max(stop, first + 3)
-    starts = sorted({min(i, stop - 3) for i in range(first, stop, 3)})
+    "The first taps of windows of up to three that cover all which meet n pixels, where m come out; and the border needed on both sides."
+    size = min(taps, 3)
+    first, stop = max(0, min(taps - size, padding - (m - 1) * stride)), min(taps, padding + n)
+    stop = max(stop, first + size)
+    starts = sorted({min(i, stop - size) for i in range(first, stop, size)})
     return starts, (padding - first, stop + (m - 1) * stride - padding - n)
 
 
 def _weight_gradient(g, x, w, stride, padding):
-    "The gradient of C x 1 x k x k filters, k of 3 or more."
+    "The gradient of C filters of one channel."
     (tops, rows), (lefts, columns) = map(_windows, w.shape[2:], padding, stride, x.shape[2:], g.shape[2:])
-    needed = F.pad(x, (*columns, *rows))
-    high, wide = ((m - 1) * s + 3 for m, s in zip(g.shape[2:], stride, strict=True))
-    whole, three, only = torch.zeros_like(w), w.new_empty(len(w), 1, 3, 3), (False, True, False)
+    needed, size = F.pad(x, (*columns, *rows)), [min(taps, 3) for taps in w.shape[2:]]
+    high, wide = ((m - 1) * s + taps for m, s, taps in zip(g.shape[2:], stride, size, strict=True))
+    whole, one, only = torch.zeros_like(w), w.new_empty(len(w), 1, *size), (False, True, False)
     for i in tops:
         for j in lefts:
             at = i - tops[0], j - lefts[0]
             part = needed[:, :, at[0]:at[0] + high, at[1]:at[1] + wide].contiguous(memory_format=torch.channels_last)
-            whole[:, :, i:i + 3, j:j + 3] = _gradients(g, part, three, None, stride, (0, 0), (1, 1), False, (0, 0), len(w), only)[1]
+            found = _gradients(g, part, one, None, stride, (0, 0), (1, 1), False, (0, 0), len(w), only)[1]
+            whole[:, :, i:i + size[0], j:j + size[1]] = found
     return whole
 
 # %% ../../nbs/10_training/04b_depthwise.ipynb #42750077
@@ -60,7 +62,7 @@ class _Depthwise(torch.autograd.Function):
         (x, w), (stride, padding), (of_x, of_w, of_bias, *_) = ctx.saved_tensors, ctx.how, ctx.needs_input_grad
         near, half, taps = stride == (1, 1), x.dtype == torch.bfloat16, w.shape[2:]
         spread = half and not near and all(p < k for p, k in zip(padding, taps, strict=True))
-        windows = (half or near) and min(taps) >= 3 and (max(taps) > 3 or min(g.shape[2:]) < 3)
+        windows = (half or near and min(taps) >= 3) and (taps[1] > 3 or taps[1] == 3 < taps[0] or min(g.shape[2:]) < 3)
         usual = of_x and not spread, of_w and not windows, False
         image, filters, _ = _gradients(g, x, w, None, stride, padding, (1, 1), False, (0, 0), len(w), usual) if any(usual) else (None,) * 3
         image = _input_gradient(g, w, x.shape[2:], stride, padding) if of_x and spread else image
