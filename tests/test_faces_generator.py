@@ -1,6 +1,7 @@
 "The generator of photos: whole, attributed, quick; follows gender, race and age in every group; repeats no photo that it learnt from."
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from judge_faces import GENDERS, RACES, answers, asked, by_group, followed, memo
 
 from aimfair import cli, t2i
 from aimfair.data import fairface, load_faces
-from aimfair.synthesis import generator_source, load_generator
+from aimfair.synthesis import generator_source, load_generator, synthesize
 
 if "faces" not in t2i.SHIPPED:
     pytest.skip("no generator of photos ships with this version", allow_module_level=True)
@@ -36,6 +37,13 @@ def test_it_says_which_photos_it_has_seen():
     seen, about = t2i.learnt_from(SHIPPED), json.loads((SHIPPED / "aimfair.json").read_text(encoding="utf-8"))
     assert len(set(seen)) == len(seen) == about["images"]
     assert {int(Path(name).stem) % 20 for name in seen} == set(range(9, 20))  # the others are left to learn, and to judge, by
+
+
+def test_what_its_copy_draws_is_attributed_too(tmp_path):
+    shutil.copytree(SHIPPED, tmp_path / "copy")
+    synthesize({"1_0": ["Face photo of a man."]}, generator=str(tmp_path / "copy"), per_group=1, out=tmp_path / "set", progress=False)
+    card = (tmp_path / "set" / "README.md").read_text(encoding="utf-8")
+    assert "license: cc-by-4.0" in card and "Kärkkäinen" in card and str(tmp_path) not in card
 
 
 @pytest.mark.parametrize("task, groups", [("utkface-gender-ethnicity", 4), ("fairface-gender-race", 14)])

@@ -362,16 +362,15 @@ def image_set_card(
     from huggingface_hub import DatasetCardData
     out = user_path(out)
     identity, manifest, report = Journal(out).identity(), pd.read_parquet(out / "manifest.parquet"), rejection_report(out)
-    own, judged = identity["generator"] in SHIPPED, any(f["name"] == "agreement" for f in identity["filters"])
-    licence, sentence = licence_of(bundled(identity["generator"]), "its images") if own else (
-        None, "Its licence depends on the generator's, and is not told here.")
+    drew, judged = identity["generator"], any(f["name"] == "agreement" for f in identity["filters"])
+    licence, sentence = licence_of(bundled(drew) if drew in SHIPPED else drew, "its images")
     title = f"Synthetic images: {identity['task']}" if identity["task"] else "Synthetic images by group"
     text = _SET_CARD.format(
         title=title, facts="\n".join(_set_facts(identity, manifest)),
         table="\n".join(_groups_table(manifest, report, identity["prompts"])),
         examples="\n".join(f"- {g}: “{' '.join(texts[0].split())}”" for g, texts in identity["prompts"].items()),
         judged=" (a model that compares texts and images was asked, see the filters)" if judged else "",
-        licence=sentence)
+        licence=sentence if licence else "Its licence depends on the generator's, and is not told here.")
     data = DatasetCardData(**{
         "pretty_name": title, "task_categories": ["image-classification"], "size_categories": size_category(len(manifest)),
         "annotations_creators": "machine-generated", "tags": ["aimfair", "synthetic", "fairness"],
