@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from tiny_pipelines import save, stable_diffusion
+from torchvision.models.resnet import BasicBlock, resnet18
 
 from aimfair import cli
 from aimfair.experiments import run
@@ -31,7 +33,6 @@ SEVEN = ["ERM", "Synthetic only", "Real + synthetic", "Data repairing", "Linear 
 @pytest.fixture(autouse=True)
 def bare_machine(monkeypatch, tmp_path):
     "No data, no cached models, no network."
-    import torch
     from huggingface_hub import constants
 
     for name in ("AIMFAIR_CELEBA", "AIMFAIR_UTKFACE"):
@@ -165,11 +166,23 @@ class TestCounts:
         assert f"{sum(job.work.learnt for job in plan.jobs.values()):,} images to learn from" in train.needed
 
     def test_cost_of_resnet18(self):
-        operations, parameters = classifier_cost(load_profile("paper").model, 224)
+        operations, parameters, written = classifier_cost(load_profile("paper").model, 224)
         # torchvision's 11,689,512 parameters, with a head of 512 + 1 in place of 512,000 + 1,000; 1.81e9 multiply-adds
         assert parameters == 11_689_512 - 513_000 + 513
         assert operations == pytest.approx(2 * 1.814e9, rel=0.01)
+        assert written == pytest.approx(numbers_by_hooks(resnet18(num_classes=1)), rel=0.03)  # and where each maximum was
         assert classifier_cost(load_profile("toy").model, 64)[0] < operations / 50
+
+
+def numbers_by_hooks(network):
+    "What the modules of a ResNet write, and the sum at the end of each block."
+    wrote = []
+    for module in network.modules():
+        if not list(module.children()) or isinstance(module, BasicBlock):
+            module.register_forward_hook(lambda _, __, out: wrote.append(out.numel()))
+    with torch.no_grad():
+        network.eval()(torch.zeros(1, 3, 224, 224))
+    return sum(wrote)
 
 
 class TestDiagnosis:
