@@ -820,3 +820,30 @@ def test_a_missing_extra_is_named(monkeypatch, make, module, name):
     with pytest.raises(ImportError, match=rf"^{name}_callback needs the extra: pip install 'aimfair\[{name}\]'") as told:
         make("runs")
     assert "\n" not in str(told.value)
+
+
+PAGES = """
+import resource, sys
+import numpy as np, torch
+from aimfair.data import Faces
+from aimfair.models import create_model
+from aimfair.training import predict_logits
+
+torch.set_num_threads(1)
+faces = Faces.from_arrays(np.random.default_rng(0).integers(0, 256, (576, 3, 64, 64), dtype=np.uint8), np.arange(576) % 2)
+model = create_model("timm/tf_efficientnet_lite0")
+made = {}
+for batch_size in (192, None, 192, None):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    logits = predict_logits(model, faces, batch_size=batch_size, device="cpu")
+    made[batch_size] = logits, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+assert np.abs(made[192][0] - made[None][0]).max() < 1e-4 * np.abs(made[192][0]).max()
+print(made[192][1], made[None][1])
+"""
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", ()), reason="the C library is not glibc")
+def test_predictions_do_not_ask_for_memory_batch_after_batch():
+    out = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True).stdout
+    large, usual = map(int, out.split())
+    assert usual < large / 2, out

@@ -297,7 +297,7 @@ def _outer_gradient(model, train, val, temperature, device):
     losses = sample_losses(torch.from_numpy(predict_logits(model, val, device=device)), torch.tensor(val.target)).numpy()
     cells = pd.Series(losses).groupby([val.target, val.protected]).mean()
     weights = np.exp((cells - cells.max()) / temperature)
-    of_group = group_gradients(model, val, batch_size=256, device=device)
+    of_group = group_gradients(model, val, device=device)
     direction = of_group.mix({(int(t), int(g)): w for (t, g), w in weights.items()})
     return -alignment(model, train, direction, device=device)
 

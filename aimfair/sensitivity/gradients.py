@@ -16,11 +16,12 @@ from torch import nn
 
 from ..core import progress_bar
 from ..data import Augment, Faces, batches
-from ..device import seeded, stream_seed
+from ..device import reused_memory, seeded, stream_seed
 from ..groups import Group, group_indices
 from ..models import classification_loss, copy_model, logits_of, settle_format
 from ..training import Loss, movable_tensors
 from ..training.loop import add_gradients
+from ..training.predictions import images_at_once
 from ..training.ranks import ALONE, Ranks, current_ranks, own_device, sum_gradients
 
 # %% ../../nbs/11_sensitivity/01_gradients.ipynb #98d4f05a
@@ -58,6 +59,7 @@ def _collect(probe, divisor):
             if p.requires_grad}
 
 # %% ../../nbs/11_sensitivity/01_gradients.ipynb #c5b24abf
+@reused_memory()
 def mean_gradients(
     model: nn.Module,  # left untouched: parameters, buffers and mode
     batches: Batches,  # mini-batches of (images in [-1, 1], target labels, ...)
@@ -125,10 +127,11 @@ class GroupGradients:
         return {n: sum(w / total * self.mean[g][n] for g, w in counts.items()) for n in names}
 
 # %% ../../nbs/11_sensitivity/01_gradients.ipynb #61e9ef23
+@reused_memory()
 def group_gradients(
     model: nn.Module,  # left untouched
     faces: Faces,  # with known groups
-    *, batch_size: int = 128,
+    *, batch_size: int | None = None,  # None: 128; on a CPU fewer of large images
     augment: Augment | None = None,  # None: the plain images
     seed: int = 0,  # of the augmentation
     device: str | None = None,
@@ -136,6 +139,7 @@ def group_gradients(
     "Mean gradient of every group in one pass, in evaluation mode (fixed batch statistics, no dropout)."
     device = own_device(device)
     probe, mean, count = _probe(model, device).eval(), {}, {}
+    batch_size = batch_size or min(128, 4 * images_at_once(faces.size, device))
     generator = torch.Generator().manual_seed(seed)
 
     def summed(logits, y, rows):  # a sum, so that the last, smaller batch weighs by its images

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..core import Html, digest, html_curve, html_table, progress_bar, shown_figure, whole_file
 from ..data import Faces, chosen_batches
-from ..device import autocast, seeded, stream_seed
+from ..device import autocast, reused_memory, seeded, stream_seed
 from ..models import classification_loss, logits_of, predicted_labels
 from .callbacks import Callback
 from .depthwise import depthwise_gradients
@@ -285,6 +285,7 @@ def _epochs(run, done, val, criteria, progress, over):
         over(epoch, steps[epoch + 1])
 
 # %% ../../nbs/10_training/05_loop.ipynb #b0948f35
+@reused_memory()
 def fit(
     model: nn.Module,  # any classifier of B x 3 x H x W images; trained in place
     train: Faces,  # training faces; only their target is used

@@ -8,6 +8,7 @@ __all__ = ['Criteria', 'predict_logits', 'predict', 'accuracy', 'figures_of', 'j
 # %% ../../nbs/10_training/03_predictions.ipynb #67fde666
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from math import prod
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from ..data import Faces, batches, normalize
-from ..device import autocast, evaluating
+from ..device import autocast, evaluating, reused_memory
 from ..models import logits_of, predicted_labels, settle_format
 from .ranks import current_ranks, in_turn, own_device
 
@@ -25,10 +26,16 @@ def placed(model, faces, device):
     model = model.to(device)
     return model, settle_format(model, normalize(faces.gather(slice(0, 2))).to(device))
 
+# %% ../../nbs/10_training/03_predictions.ipynb #b8f2d6e4
+def images_at_once(size, device):
+    "Images of a batch that nobody learns from."
+    return min(256, max(4, 2**18 // prod(size))) if torch.device(device).type == "cpu" else 256
+
 # %% ../../nbs/10_training/03_predictions.ipynb #856ace5f
+@reused_memory()
 def predict_logits(
     model: nn.Module, faces: Faces, *,
-    batch_size: int = 256,
+    batch_size: int | None = None,  # None: 256; on a CPU fewer of large images
     device: str | None = None,
     precision: str = "auto",
 ) -> np.ndarray:  # N x C float32
@@ -37,7 +44,7 @@ def predict_logits(
     Inside `distributed` every process looks at every n-th batch, and all get the logits of all."""
     device, ranks = own_device(device), current_ranks()
     model, layout = placed(model, faces, device)
-    several = batches(faces, batch_size, device=device, which=slice(ranks.rank, None, ranks.size))
+    several = batches(faces, batch_size or images_at_once(faces.size, device), device=device, which=slice(ranks.rank, None, ranks.size))
     # inference tensors that a network keeps would stop training
     with closing(several), evaluating(model), torch.no_grad(), autocast(device, precision):
         images = (batch.images.contiguous(memory_format=layout) for batch in several)
@@ -48,7 +55,7 @@ def predict_logits(
 def predict(
     model: nn.Module,
     faces: Faces,  # N faces
-    *, batch_size: int = 256,
+    *, batch_size: int | None = None,  # None: 256; on a CPU fewer of large images
     device: str | None = None,  # None picks the best there is
     precision: str = "auto",
 ) -> pd.DataFrame:  # one row a face: id, target, protected (-1 unknown), logit or logit_0.., prediction
