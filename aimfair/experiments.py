@@ -30,7 +30,7 @@ from .repro.notebooks import NotebookParameters, read_parameters, side_by_side
 from .repro.plan import Plan, make_plan, n_workers, summary
 from .repro.progress import WorkBar
 from .repro.profiles import Profile, full_name, load_profile, paper_seeds, profiles, settings_of
-from .repro.results import Results, as_toml, choices_made
+from .repro.results import Results, note_choices
 from .repro.scheduler import Executor, InProcess, Processes, of_the_script, run_jobs
 from .repro.store import RemoteStore, Store, open_store
 from .report import Section, plot_thresholds, threshold_curves, write_figure, write_html_report
@@ -373,7 +373,7 @@ def reproduce(
         done.files += write_failures(plan, {} if shareable else errors, out / "failed")
         done.report = bind(done, out, settings or {}, bar.passed)
     if plan.profile.run.tune is True and not errors:
-        write_whole(out / "choices.toml", as_toml(choices_made(plan)))
+        note_choices(plan, out / "choices.toml")
     for n in plan.cases:
         done.files += sorted(out.glob(f"{n}*.*")) + [p for p in [out / "notebooks" / f"{n}.ipynb"] if p.is_file()]
     return done

@@ -171,7 +171,7 @@ def test_bars_and_curves_keep_within_their_boxes():
 def test_stages_of_a_transformer_are_its_blocks():
     names = [f"vit.encoder.layer.{i}.{part}.{kind}" for i in range(12) for part in ("query", "key", "out") for kind in ("weight", "bias")]
     stages = network_stages(["vit.embeddings.position", *names, "classifier.weight", "classifier.bias"])
-    assert [len(stages[f"vit.encoder.layer.{i}"]) for i in range(12)] == [6] * 12 and len(stages["classifier.weight"]) == 1
+    assert [len(stages[f"vit.encoder.layer.{i}"]) for i in range(12)] == [6] * 12 and len(stages["classifier"]) == 2
     page = BeautifulSoup(stages_html(names, {names[0], names[7]}), "html.parser")
     assert [row.get_text() for row in page.find_all("tr")[1:4]] == [f"vit.encoder.layer.{i}{n} of 6" for i, n in ((0, 1), (1, 1), (2, 0))]
 

@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from aimfair.core import read_settings
 from aimfair.experiments import EXPERIMENTS, METHODS, STRATEGIES, from_notebook, make_plan, reproduce, results, run
 from aimfair.groups import group_sizes
 from aimfair.repro import (
@@ -58,6 +59,7 @@ from aimfair.repro import (
     why,
 )
 from aimfair.repro.catalogue import cases_of, find_method
+from aimfair.repro.results import note_choices
 
 TINY = {"data.n": 80, "data.n_train": 200, "data.n_val": 40, "data.n_test": 80, "synthetic.kind": "studio", "synthetic.pool": 44,
         "synthetic.per_group": 20, "train.epochs": 2, "finetune.epochs": 1, "train.batch_size": 16, "finetune.batch_size": 16,
@@ -374,6 +376,17 @@ class TestTuning:
         results, store = searched
         names = results.predictions.method.unique().tolist()
         assert run("toy", names, seeds=2, settings=SEARCHED, store=store.root, workers=1, progress=False).made == 0
+
+    @pytest.mark.parametrize("there", ['[choices]\n"Data repairing" = 1\nERM = 7\n', "[choi", None])
+    def test_choices_of_other_methods_stay_in_the_file(self, searched, tmp_path, there):
+        results, store = searched
+        file = tmp_path / "choices.toml"
+        if there:
+            file.write_text(there)
+        note_choices(results.plan, file)
+        noted, chosen = read_settings(file)["choices"], results.plan.main.tune("ERM", "natural").chosen(store)
+        assert noted.get("Data repairing", 0) == (1 if there and "ERM" in there else 0)
+        assert noted.get("ERM", 0) == (1 if chosen else 0)  # of two candidates the first changes nothing
 
 
 def test_anyones_model_and_the_experiments_are_debiased_alike(tiny):

@@ -15,6 +15,7 @@ import pandas as pd
 from ..metrics import FEW
 from ..report.drawing import COLOURS, method_styles
 from ..report.thresholds import FIGURE_WORDS
+from ..training import stage_of_tensors
 
 # %% ../../nbs/20_explore/03_views.ipynb #1c829a84
 def graph_objects():
@@ -177,7 +178,7 @@ def layers_view(
                                 colorscale="Cividis", zmin=0, zmax=1, xgap=1, ygap=3, customdata=np.tile(table.index.to_numpy(), (3, 1)),
                                 colorbar={"tickvals": [0, 1], "ticktext": ["quiet", "loud"], "thickness": 12},
                                 hovertemplate="%{customdata}<br>%{y}: %{z:.2f}<extra></extra>"))
-    stages = pd.Series([name.split(".")[0] for name in table.index])
+    stages = pd.Series(list(stage_of_tensors(table.index).values()))
     first = stages.index[stages != stages.shift()]
     first = [at for at, end in zip(first, [*first[1:], len(stages)], strict=True) if end - at > len(stages) / 20]  # names have room
     _laid_out(figure, 260, xaxis_title=f"parameter tensors by layer; {int(table['selected'].sum())} of {len(table)} updated")

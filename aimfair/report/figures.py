@@ -224,7 +224,9 @@ def _draw_heat(ax, values, names, colours, ends):
 
 def _mark_stages(ax, tensors, panels):
     "Names of the network's stages under their tensors, and lines between them."
-    stages = [str(name).split(".")[0] for name in tensors]
+    from aimfair.training import stage_of_tensors
+
+    stages = list(stage_of_tensors(map(str, tensors)).values())
     starts = [i for i, s in enumerate(stages) if i == 0 or s != stages[i - 1]]
     ends = [*starts[1:], len(stages)]
     wide = [(a, b) for a, b in zip(starts, ends, strict=True) if b - a > len(stages) / 20]

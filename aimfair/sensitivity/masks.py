@@ -7,7 +7,6 @@ __all__ = ['mask_shares', 'mask_size', 'random_parameters', 'blocks', 'block_par
 
 # %% ../../nbs/11_sensitivity/03_masks.ipynb #b23b337b
 import re
-from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +17,7 @@ from ..core import unknown
 from ..models import heads_of
 from .gradients import Gradients
 from .ranking import rank_units
-from ..training import Mask, check_mask, movable_tensors
+from ..training import Mask, check_mask, movable_tensors, stage_of_tensors
 
 # %% ../../nbs/11_sensitivity/03_masks.ipynb #19a6ce6a
 def mask_shares(
@@ -54,23 +53,11 @@ def random_parameters(
     return {names[i] for i in order[: max(1, round(share * len(names)))]}
 
 # %% ../../nbs/11_sensitivity/03_masks.ipynb #0de0e823
-def _halved(names):
-    "Block of every tensor: its first-level module, or a deeper one where that would hold more than half of all."
-    block = {n: n.split(".")[0] for n in names}
-    while True:
-        large, size = Counter(block.values()).most_common(1)[0]
-        inside, depth = [n for n in names if block[n] == large], large.count(".") + 2
-        whole = re.search(r"(^|\.)layer\d+$", large) or all(n.count(".") < depth for n in inside)  # a stage, or a single layer
-        if 2 * size <= len(names) or whole:
-            return block
-        block |= {n: ".".join(n.split(".")[:depth]) for n in inside}
-
-
 def blocks(
     model: nn.Module,
 ) -> dict[str, list[str]]:  # {block: its tensors}, both in the model's order
     "The blocks of a model: stem, layer1 to layer4 and head of a ResNet; children that own tensors elsewhere, the last layer's called head."
-    heads, of = heads_of(model), _halved(movable_tensors(model))
+    heads, of = heads_of(model), stage_of_tensors(movable_tensors(model))
     found, prefix = {}, next((b[: -len("layer1")] for b in of.values() if re.search(r"(^|\.)layer1$", b)), None)
     before = list(dict.fromkeys(of.values()))
     before = before[: before.index(f"{prefix}layer1")] if prefix is not None else []

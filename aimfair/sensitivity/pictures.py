@@ -12,14 +12,14 @@ from torch import nn
 
 from ..core import shown_figure
 from .masks import mask_shares, mask_size
-from ..training import Mask
+from ..training import Mask, stage_of_tensors
 
 # %% ../../nbs/11_sensitivity/04_pictures.ipynb #8ea53caa
 def _heat_map(ax, values, **options):
     "A heat map with a column a tensor, whose names are in the columns of a frame; the stages of the network are named under it."
     import seaborn as sns
     sns.heatmap(values, ax=ax, vmin=0, vmax=1, linewidths=0.4, linecolor="white", xticklabels=False, **options)
-    stages = pd.Series([name.split(".")[0] for name in values.columns])
+    stages = pd.Series(list(stage_of_tensors(values.columns).values()))
     starts = stages.index[stages != stages.shift()]
     ends = [*starts[1:], len(stages)]
     ax.set_xticks([(a + b) / 2 for a, b in zip(starts, ends, strict=True)], stages[starts])
