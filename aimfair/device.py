@@ -14,6 +14,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -111,7 +112,8 @@ def evaluating(
 # %% ../nbs/01_device.ipynb #c3a9f4e1
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
 _LARGE = 1 << 25  # bytes of a block; the most that the library arrives at by itself
-_INSIDE = {"lock": threading.Lock(), "blocks": 0}
+_SHORT = 2.0  # seconds
+_INSIDE = {"lock": threading.Lock(), "blocks": 0, "since": 0.0}
 
 
 @cache
@@ -122,11 +124,9 @@ def _glibc():
 
 
 def _settle(keep):
-    "The free end of the heap is kept, or given back."
+    "The free end of the heap is kept, or as usual."
     _glibc().mallopt(_MMAP_THRESHOLD, _LARGE)
     _glibc().mallopt(_TRIM_THRESHOLD, -1 if keep else 2 * _LARGE)
-    if not keep:
-        _glibc().malloc_trim(0)
 
 # %% ../nbs/01_device.ipynb #e5c7d2a3
 @contextmanager
@@ -137,6 +137,7 @@ def reused_memory() -> Iterator[None]:
     with _INSIDE["lock"]:
         if not _INSIDE["blocks"] and _glibc():
             _settle(keep=True)
+            _INSIDE["since"] = time.monotonic()
         _INSIDE["blocks"] += 1
     try:
         yield
@@ -145,6 +146,8 @@ def reused_memory() -> Iterator[None]:
             _INSIDE["blocks"] -= 1
             if not _INSIDE["blocks"] and _glibc():
                 _settle(keep=False)
+                if time.monotonic() - _INSIDE["since"] > _SHORT:
+                    _glibc().malloc_trim(0)
 
 # %% ../nbs/01_device.ipynb #2d59a5c0
 class ClusterError(ValueError):

@@ -847,3 +847,33 @@ def test_predictions_do_not_ask_for_memory_batch_after_batch():
     out = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True).stdout
     large, usual = map(int, out.split())
     assert usual < large / 2, out
+
+
+HELD = """
+import time
+import torch
+from aimfair.device import reused_memory
+
+def held():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * 4096 / 2**20
+
+for _ in range(2):
+    with reused_memory():
+        blocks = [torch.ones(2**22) for _ in range(16)]
+        full = held()
+        del blocks
+        with reused_memory():
+            pass
+        kept = held()
+        time.sleep(2.1)
+    print(full, kept, held())
+"""
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", ()), reason="the C library is not glibc")
+def test_the_system_gets_memory_back_at_the_end():
+    out = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True).stdout
+    for line in out.splitlines():
+        full, kept, after = map(float, line.split())
+        assert kept > full - 64 and after < full - 200, out
