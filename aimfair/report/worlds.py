@@ -269,7 +269,8 @@ def write_worlds(
     groups = {t: group_intervals(pd.read_csv(f)) for t, p in folders.items() if (f := p / "finetuning_strategies-groups.csv").is_file()}
     if groups:
         files += write_figure(plot_before_after(groups), figures / "photos-groups")
-        parts += [f"![Accuracy of every group before and after, on {', '.join(groups)}](../figures/photos-groups.png)", _BEFORE_AFTER]
+        named = " and ".join(", ".join(groups).rsplit(", ", 1))
+        parts += [f"![Accuracy of every group before and after, on {named}](../figures/photos-groups.png)", _BEFORE_AFTER]
     if len(told := photo_differences(folders)):
         table = PlainTable(told, caption="AIM-Fair on photos", note=_DIFFERENCES)
         files, parts = files + table.write(figures / "photos-differences"), [*parts, _body(table)]
