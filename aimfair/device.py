@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'in_bfloat16', 'autocast', 'seeded', 'stream_seed', 'evaluating', 'give_memory_back', 'reused_memory',
-           'ClusterError', 'ray_address', 'ray_cluster', 'returned']
+           'images_at_once', 'ClusterError', 'ray_address', 'ray_cluster', 'returned']
 
 # %% ../nbs/01_device.ipynb #e99cc85e
 import ctypes
@@ -154,6 +154,16 @@ def reused_memory() -> Iterator[None]:
                 _settle(keep=False)
                 if time.monotonic() - _INSIDE["since"] > _SHORT:
                     give_memory_back()
+
+# %% ../nbs/01_device.ipynb #b8f2d6e4
+def images_at_once(
+    size: tuple[int, int],  # pixels, height and width
+    device: str | torch.device,
+) -> int:
+    """Images of a batch that no network learns from: 256, or on a CPU fewer of large ones.
+
+    So many that no map of EfficientNet-Lite0, which has 24 numbers a pixel, takes more than 32 MiB."""
+    return min(256, max(4, 2**18 // (size[0] * size[1]))) if torch.device(device).type == "cpu" else 256
 
 # %% ../nbs/01_device.ipynb #2d59a5c0
 class ClusterError(ValueError):

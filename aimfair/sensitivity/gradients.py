@@ -16,12 +16,11 @@ from torch import nn
 
 from ..core import progress_bar
 from ..data import Augment, Faces, batches
-from ..device import reused_memory, seeded, stream_seed
+from ..device import images_at_once, reused_memory, seeded, stream_seed
 from ..groups import Group, group_indices
 from ..models import classification_loss, copy_model, logits_of, settle_format
 from ..training import Loss, movable_tensors
 from ..training.loop import add_gradients
-from ..training.predictions import images_at_once
 from ..training.ranks import ALONE, Ranks, current_ranks, own_device, sum_gradients
 
 # %% ../../nbs/11_sensitivity/01_gradients.ipynb #98d4f05a

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..core import unknown
 from ..data import Faces, image_groups
-from ..device import evaluating, pick_device
+from ..device import evaluating, images_at_once, pick_device, reused_memory
 from .generators import SynthesisError
 from ..t2i.pipelines import quiet
 
@@ -64,14 +64,18 @@ def pixels_of(images, size: int | None = None) -> torch.Tensor:
     return x
 
 
+def _device_of(model):
+    "Where a module computes; the CPU for a function."
+    return next((p.device for p in (model.parameters() if isinstance(model, nn.Module) else ())), torch.device("cpu"))
+
+
 def answers(
     model,  # module or callable of float32 B x 3 x H x W in [-1, 1]
     batches: Iterable[torch.Tensor],
 ) -> Iterator[torch.Tensor]:  # on the CPU
     "What a model says of each batch, in evaluation mode and on its own device."
-    module = isinstance(model, nn.Module)
-    device = next((p.device for p in model.parameters()), "cpu") if module else "cpu"
-    with torch.no_grad(), evaluating(model) if module else nullcontext():
+    device = _device_of(model)
+    with torch.no_grad(), evaluating(model) if isinstance(model, nn.Module) else nullcontext():
         for x in batches:
             yield torch.as_tensor(model(x.to(device))).cpu()
 
@@ -110,7 +114,7 @@ def _efficientnet_lite0():
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     model.load_state_dict(weights)
     model.reset_classifier(0)
-    return model.eval()
+    return model.eval().to(memory_format=torch.channels_last)
 
 # %% ../../nbs/08_synthesis/04_featurespace.ipynb #2706b07b
 _SPACES = {"pixels": (lambda: _pixel_features, 16), "efficientnet-lite0": (_efficientnet_lite0, 96)}  # model, side of what it sees
@@ -168,18 +172,21 @@ def _as_pil(images) -> list:
     return list(images) if not hasattr(images, "shape") else [Image.fromarray(np.asarray(im).transpose(1, 2, 0)) for im in images]
 
 
+@reused_memory()
 def features(
     images,  # PIL images, uint8 N x 3 x H x W, `Faces`, a face table, or a folder of T_P images
     space="efficientnet-lite0",  # a named space, or a module or callable of float32 B x 3 x H x W in [-1, 1]
     *, size: int | None = None,  # side of the images it sees; None: the space's own, for a module 64
-    batch_size: int = 64,
+    batch_size: int | None = None,  # None: 64; on a CPU fewer of large images
 ) -> np.ndarray:  # float64 (N, D)
     "Feature vectors of images. Raises `SynthesisError` for an unknown space, or one whose weights are not there."
     table = as_table(images)
-    parts = _batches(list(table["path"]) if isinstance(table, pd.DataFrame) else table, batch_size)
+    images = list(table["path"]) if isinstance(table, pd.DataFrame) else table
     if isinstance(space, str) and space.startswith("clip:"):
         clip = clip_model(space.removeprefix("clip:"))
-        return np.concatenate([clip.image_features(_as_pil(part)) for part in parts]).astype(np.float64)
+        return np.concatenate([clip.image_features(_as_pil(part)) for part in _batches(images, batch_size or 64)]).astype(np.float64)
     model, own = _feature_model(space)
-    found = answers(model, (pixels_of(part, size or own) for part in parts))
+    side = size or own
+    at_once = batch_size or min(64, images_at_once((side, side), _device_of(model)))
+    found = answers(model, (pixels_of(part, side) for part in _batches(images, at_once)))
     return np.concatenate([x.flatten(1).double().numpy() for x in found])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..core import spread
 from ..data import normalize
-from ..device import autocast, pick_device, seeded
+from ..device import autocast, images_at_once, pick_device, seeded
 from .recipe import T2IConfig, minimise, run_identity, step_generator
 
 # %% ../../nbs/07_t2i/05_autoencoder.ipynb #7db97055
@@ -131,8 +131,9 @@ def train_autoencoder(
 # %% ../../nbs/07_t2i/05_autoencoder.ipynb #6973e138
 @torch.no_grad()
 def encoded(encode, images, device, mirror=False):
-    "Latents, as float16 in main memory, of images that are encoded a few hundred at a time."
-    pixels = (_pixels(images, slice(i, i + 256)).to(device) for i in range(0, len(images), 256))
+    "Latents, as float16 in main memory, of images that are encoded some at a time."
+    n = images_at_once(images.shape[2:], device)
+    pixels = (_pixels(images, slice(i, i + n)).to(device) for i in range(0, len(images), n))
     return torch.cat([encode(x.flip(-1) if mirror else x).half().cpu() for x in pixels])
 
 

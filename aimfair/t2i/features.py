@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..core import spread
 from ..data import normalize
+from ..device import images_at_once
 from .autoencoder import encoded
 from .recipe import T2IConfig
 
@@ -101,7 +102,7 @@ def feature_code(
     "The code of some images: seven of twelve latents are what the network sees, as far as it has so many channels."
     device = next(stages.parameters()).device
     some = torch.from_numpy(np.array(spread(images, 4000)))
-    parts = [seen_and_small(stages, normalize(x).to(device)) for x in some.split(256)]
+    parts = [seen_and_small(stages, normalize(x).to(device)) for x in some.split(images_at_once(some.shape[2:], device))]
     rows = [torch.cat(x).permute(0, 2, 3, 1).flatten(0, 2).cpu() for x in zip(*parts, strict=True)]
     n = min(round(config.latent_channels * 7 / 12), rows[0].shape[1])
     kept = principal_components(rows[0], n), principal_components(rows[1], config.latent_channels - n, alike=False)

@@ -8,7 +8,6 @@ __all__ = ['Criteria', 'predict_logits', 'predict', 'accuracy', 'figures_of', 'j
 # %% ../../nbs/10_training/03_predictions.ipynb #67fde666
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from math import prod
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from ..data import Faces, batches, normalize
-from ..device import autocast, evaluating, reused_memory
+from ..device import autocast, evaluating, images_at_once, reused_memory
 from ..models import logits_of, predicted_labels, settle_format
 from .ranks import current_ranks, in_turn, own_device
 
@@ -25,11 +24,6 @@ def placed(model, faces, device):
     "The model on the device, and the layout of its images."
     model = model.to(device)
     return model, settle_format(model, normalize(faces.gather(slice(0, 2))).to(device))
-
-# %% ../../nbs/10_training/03_predictions.ipynb #b8f2d6e4
-def images_at_once(size, device):
-    "Images of a batch that nobody learns from."
-    return min(256, max(4, 2**18 // prod(size))) if torch.device(device).type == "cpu" else 256
 
 # %% ../../nbs/10_training/03_predictions.ipynb #856ace5f
 @reused_memory()
