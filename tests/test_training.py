@@ -849,7 +849,7 @@ def test_predictions_do_not_ask_for_memory_batch_after_batch():
     assert usual < large / 2, out
 
 
-HELD = """
+GIVEN_BACK = """
 import time
 import torch
 from aimfair.device import reused_memory
@@ -873,7 +873,7 @@ for _ in range(2):
 
 @pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", ()), reason="the C library is not glibc")
 def test_the_system_gets_memory_back_at_the_end():
-    out = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True).stdout
     for line in out.splitlines():
         full, kept, after = map(float, line.split())
         assert kept > full - 64 and after < full - 200, out
