@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..device import in_bfloat16, pick_device
-from ..models import create_model
 from .images import generator_folder, recommended
 from .profiles import ModelSettings, Protocol, SyntheticSettings
+from .jobs import outline
 from .objects import at_once
 from .store import Job, Store
 
@@ -45,12 +45,9 @@ def classifier_cost(
     size: int,  # pixels of a side
 ) -> tuple[float, int, int]:  # floating-point operations of one image, forward; parameters; numbers that its layers write for the image
     "What a classifier computes, holds and writes."
-    with torch.device("meta"):
-        network, image = create_model(model.name).eval(), torch.empty(1, 3, size, size)
-        with FlopCounterMode(display=False) as counted:
-            network(image)
-        with _Written() as written:
-            network(image)
+    network, image = outline(model), torch.empty(1, 3, size, size, device="meta")
+    with torch.device("meta"), FlopCounterMode(display=False) as counted, _Written() as written:
+        network(image)
     return counted.get_total_flops(), sum(p.numel() for p in network.parameters()), written.numbers
 
 # %% ../../nbs/17_repro/08_costs.ipynb #711279a9
