@@ -162,7 +162,7 @@ def _bench_twice(before):
         now.loc[name] = max(now.loc[name], again, key=lambda row: row.relative)
     return now
 
-
+# %% ../nbs/22_bench.ipynb #4818f111
 def main(
     file: str | Path = "figures/bench.json",  # the record: read first, then replaced; a table goes beside it
 ) -> int:  # 1 where something became slower
