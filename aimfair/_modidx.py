@@ -2042,6 +2042,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'aimfair.report.worlds._panels': ('16_report/worlds.html#_panels', 'aimfair/report/worlds.py'),
                                        'aimfair.report.worlds._rank_correlation': ( '16_report/worlds.html#_rank_correlation',
                                                                                     'aimfair/report/worlds.py'),
+                                       'aimfair.report.worlds._ranks': ('16_report/worlds.html#_ranks', 'aimfair/report/worlds.py'),
                                        'aimfair.report.worlds._rests_on': ('16_report/worlds.html#_rests_on', 'aimfair/report/worlds.py'),
                                        'aimfair.report.worlds.group_intervals': ( '16_report/worlds.html#group_intervals',
                                                                                   'aimfair/report/worlds.py'),

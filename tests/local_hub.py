@@ -29,7 +29,7 @@ class LocalHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories, self.private, self.large, self.commits, self.requests = {}, {}, {}, [], []
         self.slow, self.fault, self.lock = slow, fault, threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self):

@@ -49,7 +49,7 @@ class Studio(ThreadingHTTPServer):
         self.asked, self.drawn, self.at_once, self.most, self.lock, self.files = [], [], 0, 0, threading.Lock(), {}
         self.headers_of_fetches = []
         _pipe()  # before anybody waits for it
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self):

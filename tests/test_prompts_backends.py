@@ -206,7 +206,7 @@ class Faults(ThreadingHTTPServer):
     def __init__(self, faults=(), behind=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.faults, self.behind, self.seen, self.keys = list(faults), behind, [], []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self):
@@ -367,7 +367,7 @@ def particular(fast_retries):
         server = ThreadingHTTPServer(("127.0.0.1", 0), Particular)
         server.rule, server.bodies, server.paths, server.sent = rule, [], [], []
         server.url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
         return server
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
-from scipy.stats import rankdata
 
 from ..core import shown_figure, write_whole
 from ..groups import Names
@@ -67,9 +66,14 @@ def resampled(
 FEW_METHODS = 5  # below which a rank correlation gets no interval
 
 
+def _ranks(values):
+    "Ranks along the last axis, of equal values their mean."
+    return pd.DataFrame(np.atleast_2d(values)).rank(axis=1).to_numpy().reshape(np.shape(values))
+
+
 def _rank_correlation(a, b):
     "Spearman's rho of the last axes; NaN where one is constant."
-    a, b = (rankdata(x, axis=-1) for x in (a, b))
+    a, b = _ranks(a), _ranks(b)
     a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
     with np.errstate(invalid="ignore", divide="ignore"):
         return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
