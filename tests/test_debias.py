@@ -143,7 +143,7 @@ def finished(process):
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("k", [None, "auto"])
+@pytest.mark.parametrize("k", [None, pytest.param("auto", marks=pytest.mark.slow)])
 def test_command_killed_and_started_again_ends_the_same(files, k):
     "kill -9 during fine-tuning; the same command goes on, ends with the same bytes, and then says that it is done."
     name, given = f"killed-{k}", options(files, f"killed-{k}", epochs=30)

@@ -190,6 +190,7 @@ def test_other_adherence_is_another_run_that_goes_on_from_the_same_denoiser(trai
     assert (trained / "training/denoiser.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_faces_come_to_be_recognised(faces, questions, tmp_path):
     "What a fixed network says of faces of other noise comes nearer to what was asked."
     options = {"steps": 30, "decoder_steps": 20, "critic": 0, "adherence_batch": 16, "adherence_lr": 2e-3, "adherence_weight": 5.0}
