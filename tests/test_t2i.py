@@ -1,15 +1,18 @@
 "The recipe of the small text-to-image model: captions, words, the exact encoder, and training that survives."
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from faults import interrupt_at, kill_when
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -199,6 +202,28 @@ def test_a_killed_run_goes_on(tmp_path):
 # ---------------------------------------------------------------- a student
 
 STUDENT = {"distillation_steps": 6, "distillation_lessons": 12, "distillation_from": 3, "distillation_lr": 1e-3}
+
+
+def test_saved_over_another_it_is_whole_or_none(trained, tmp_path, monkeypatch):
+    out, replace, moved = tmp_path / "copy", os.replace, []
+    shutil.copytree(trained, out)
+    pipeline = DiffusionPipeline.from_pretrained(trained, local_files_only=True)
+
+    def interrupted(source, target):
+        moved.append(target)
+        if sum(Path(t).parent == out for t in moved) == 3:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        t2i.save_pipeline(pipeline, out)
+    assert not (out / "model_index.json").exists(), "parts of two pipelines are not one"
+    monkeypatch.undo()
+    t2i.save_pipeline(pipeline, out)
+    assert {p.name for p in out.iterdir()} == {p.name for p in trained.iterdir()}
+    ours, theirs = (folder / "unet/diffusion_pytorch_model.safetensors" for folder in (out, trained))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_a_student_ends_as_a_whole_one_where_it_was_interrupted(faces, tmp_path, monkeypatch):

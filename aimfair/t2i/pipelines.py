@@ -92,6 +92,7 @@ def save_pipeline(
             _halve(file)
         if about:
             write_whole(aside / "aimfair.json", about)
+    (out / "model_index.json").unlink(missing_ok=True)  # without which no part is taken for a pipeline's
     for part in sorted((out / ".whole").iterdir(), key=lambda p: p.name == "model_index.json"):
         target = out / part.name
         if target.is_dir():

@@ -7,7 +7,6 @@ __all__ = ['show_weights', 'train_t2i', 'train_command']
 
 # %% ../../nbs/07_t2i/09_training.ipynb #a018e2bd
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import append_lines, digest, only_worker, user_path, write_whole
+from ..core import append_lines, digest, only_worker, remove_unfinished, user_path, write_whole
 from ..data import is_celeba, is_fairface, write_card
 from ..device import autocast, evaluating, pick_device, seeded
 from .adherence import Asked, Questions, adhere, answers_of, losses_of_noise, losses_of_photos
@@ -188,8 +187,7 @@ def train_t2i(
     if questions is None or network is None:
         config = config.model_copy(update={"adherence_steps": 0})
     with only_worker(work, user_path(out)):
-        for left in user_path(out).glob("..whole.*.tmp"):  # of a pipeline that was being saved
-            shutil.rmtree(left)
+        remove_unfinished(out)  # such as a pipeline that was being saved
         sides = (False, True) if mirror else (False,)
         vae, latents = _coded(images, config, network, sides, work, seed, device, progress)
         pipeline = _new_pipeline(flat, vae, config, seed, device)
