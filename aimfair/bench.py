@@ -107,8 +107,8 @@ def measure(
     times = [(_seconds(work), _seconds(yardstick)) for _ in range(repeats)]
     quotients = [(n / ours) / (images / theirs) for ours, theirs in times]
     low, middle, high = statistics.quantiles(quotients, n=4)
-    rate, theirs = n / min(ours for ours, _ in times), images / min(theirs for _, theirs in times)  # at best
-    return {"rate": rate, "relative": rate / theirs, "noise": (high - low) / (2 * middle)}
+    ours, theirs = map(min, zip(*times, strict=True))
+    return {"rate": n / ours, "relative": (n / ours) / (images / theirs), "noise": (high - low) / (2 * middle)}
 
 # %% ../nbs/22_bench.ipynb #3910b0c4
 def bench(
@@ -132,7 +132,7 @@ def compared(
     now: pd.DataFrame,  # what `bench` returns
     before: pd.DataFrame | None,  # likewise, of another time
 ) -> pd.DataFrame:  # by stage: rate, relative, before, ratio, verdict
-    "Ratios of the relative rates, and which are beyond the noise of both, or a tenth: so far the same code comes at another time."
+    "Ratios of the relative rates, and which are beyond the noise of both, or a tenth, by which the same code differs at another time."
     frame = now[["rate", "relative"]].copy()
     if before is None:
         return frame
@@ -149,15 +149,15 @@ def machine() -> dict[str, str]:
             "vector instructions": torch.backends.cpu.get_cpu_capability()}
 
 # %% ../nbs/22_bench.ipynb #58b9bf2a
-def _slower(now, before):
-    "Stages that seem slower than before."
-    return [] if before is None else [*now.index[compared(now, before).verdict == "slower"]]
+def _slower(table):
+    "Stages that seem slower than before, by what `compared` says."
+    return [*table.index[table.verdict == "slower"]] if "verdict" in table else []
 
 
 def _bench_twice(before):
     "All stages, and once more those that seem slower, of which the better time counts."
     now = bench()
-    slower = _slower(now, before)
+    slower = _slower(compared(now, before))
     for name, again in bench(slower).iterrows() if slower else ():
         now.loc[name] = max(now.loc[name], again, key=lambda row: row.relative)
     return now
@@ -170,7 +170,8 @@ def main(
     file = Path(file)
     before = pd.DataFrame(json.loads(file.read_text(encoding="utf-8"))["stages"]).T if file.is_file() else None
     now = _bench_twice(before)
-    table, slower = compared(now, before), _slower(now, before)
+    table = compared(now, before)
+    slower = _slower(table)
     print("\n" + table.round(3).to_string())
     facts = machine()
     write_whole(file, {"machine": facts, "stages": now.map(lambda x: float(f"{x:.4g}")).to_dict("index")})
