@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 import yaml
+from serving import serve
 
 TOKEN = "hf_recognisableWriteToken0123456789"
 READER = "hf_recognisableReadToken0123456789"
@@ -29,7 +30,7 @@ class LocalHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories, self.private, self.large, self.commits, self.requests = {}, {}, {}, [], []
         self.slow, self.fault, self.lock = slow, fault, threading.Lock()
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        serve(self)
 
     @property
     def url(self):

@@ -1,7 +1,8 @@
 "S3 on this machine: moto's server. It serves one request at a time, as S3 itself checks and writes in one step, and moto's threads do not."
 import os
-import threading
 from contextlib import contextmanager, suppress
+
+from serving import serve
 
 
 class S3Server:
@@ -21,7 +22,7 @@ class S3Server:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.environment = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "recognisableSecret", "AWS_DEFAULT_REGION": "us-east-1",
                             "AWS_ENDPOINT_URL": self.url, "AWS_EC2_METADATA_DISABLED": "true"}
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        serve(self.server)
         self.client().create_bucket(Bucket=bucket)
         self.bucket = bucket
 

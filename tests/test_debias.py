@@ -162,8 +162,7 @@ def test_command_killed_and_started_again_ends_the_same(files, k):
     assert code == 0 and "worst group (WST)" in out and "Traceback" not in err, err
     undisturbed = debias(**{**given, "out": f"{files}/undisturbed-{k}"})
     assert contents(files / name) == contents(undisturbed.folder)
-    if k is None:
-        code, out, err = finished(command(files, given))
-        assert code == 0 and "was done already" in out
-        code, out, err = finished(command(files, {**given, "k": 40}))
-        assert code == 2 and "k was None, is 40" in err and len(err.strip().splitlines()) == 1
+    code, out, err = finished(command(files, given))
+    assert code == 0 and "was done already" in out
+    code, out, err = finished(command(files, {**given, "k": 40}))
+    assert code == 2 and f"k was {k}, is 40" in err and len(err.strip().splitlines()) == 1

@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from serving import serve
 
 import aimfair
 from aimfair import cli
@@ -49,7 +50,7 @@ class Studio(ThreadingHTTPServer):
         self.asked, self.drawn, self.at_once, self.most, self.lock, self.files = [], [], 0, 0, threading.Lock(), {}
         self.headers_of_fetches = []
         _pipe()  # before anybody waits for it
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        serve(self)
 
     @property
     def url(self):

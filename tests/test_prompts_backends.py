@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import warnings
 from email.utils import formatdate
@@ -21,6 +20,7 @@ from random import Random
 
 import pytest
 import torch
+from serving import serve
 
 import aimfair
 from aimfair.prompts import (
@@ -206,7 +206,7 @@ class Faults(ThreadingHTTPServer):
     def __init__(self, faults=(), behind=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.faults, self.behind, self.seen, self.keys = list(faults), behind, [], []
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        serve(self)
 
     @property
     def url(self):
@@ -367,7 +367,7 @@ def particular(fast_retries):
         server = ThreadingHTTPServer(("127.0.0.1", 0), Particular)
         server.rule, server.bodies, server.paths, server.sent = rule, [], [], []
         server.url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        serve(server)
         servers.append(server)
         return server
 

@@ -1,12 +1,10 @@
 "The recipe of the small text-to-image model: captions, words, the exact encoder, and training that survives."
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -201,21 +199,11 @@ def test_a_killed_run_goes_on(tmp_path):
 
 # ---------------------------------------------------------------- a student
 
-STUDENT = {"distillation_steps": 6, "distillation_lessons": 12, "distillation_from": 3, "distillation_lr": 1e-3}
-
-
 def test_saved_over_another_it_is_whole_or_none(trained, tmp_path, monkeypatch):
-    out, replace, moved = tmp_path / "copy", os.replace, []
+    out = tmp_path / "copy"
     shutil.copytree(trained, out)
     pipeline = DiffusionPipeline.from_pretrained(trained, local_files_only=True)
-
-    def interrupted(source, target):
-        moved.append(target)
-        if sum(Path(t).parent == out for t in moved) == 3:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", interrupted)
+    interrupt_at(monkeypatch, shutil, "rmtree", 3)  # the one before has made room for the first part
     with pytest.raises(KeyboardInterrupt):
         t2i.save_pipeline(pipeline, out)
     assert not (out / "model_index.json").exists(), "parts of two pipelines are not one"
@@ -224,6 +212,9 @@ def test_saved_over_another_it_is_whole_or_none(trained, tmp_path, monkeypatch):
     assert {p.name for p in out.iterdir()} == {p.name for p in trained.iterdir()}
     ours, theirs = (folder / "unet/diffusion_pytorch_model.safetensors" for folder in (out, trained))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+STUDENT = {"distillation_steps": 6, "distillation_lessons": 12, "distillation_from": 3, "distillation_lr": 1e-3}
 
 
 def test_a_student_ends_as_a_whole_one_where_it_was_interrupted(faces, tmp_path, monkeypatch):

@@ -154,7 +154,7 @@ def test_the_encoder_finds_what_the_network_saw(faces, tmp_path):
 
 def test_the_painter_paints_what_it_is_given(faces, tmp_path):
     "After some steps a face's latents give a picture nearer to that face than to others."
-    config = t2i.T2IConfig(**TINY | {"decoder_steps": 100, "decoder_width": 16, "critic": 0})
+    config = t2i.T2IConfig(**TINY | {"decoder_steps": 250, "decoder_width": 16, "critic": 0})
     code = t2i.feature_code(faces[0], t2i.Stages(Eyes()), config)
     latents = [code.latents_of(faces[0])]
     vae = t2i.train_painter(faces[0], code, latents, config=config, out=tmp_path, device="cpu", progress=False)
@@ -163,7 +163,7 @@ def test_the_painter_paints_what_it_is_given(faces, tmp_path):
     photos = torch.from_numpy(faces[0]).float() / 127.5 - 1
     rough = [F.avg_pool2d(x, 8).flatten(1) for x in (drawn, photos)]
     alike = torch.corrcoef(torch.cat([x - x.mean(0) for x in rough]))[: len(photos), len(photos):]
-    assert (alike.argmax(1) == torch.arange(len(photos))).double().mean() > 0.25  # one in 24 by chance
+    assert (alike.argmax(1) == torch.arange(len(photos))).double().mean() > 0.5  # one in 24 by chance
 
 
 @pytest.mark.parametrize("call", [5, 8 + 5, 8 + 8 + 4])  # in the decoder's training, in the denoiser's, and while a recogniser looks on
