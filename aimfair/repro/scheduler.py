@@ -8,22 +8,18 @@ __all__ = ['needs_among', 'urgency', 'run_job', 'Executor', 'InProcess', 'Proces
 # %% ../../nbs/17_repro/07_scheduler.ipynb #50fad549
 import heapq
 import os
-import signal
-import sys
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from graphlib import TopologicalSorter
-from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 from ..baselines import BASELINES
 from ..device import give_memory_back, reused_memory
+from ..forks import Forks, start_worker
 from .store import Job, open_store
 
 # %% ../../nbs/17_repro/07_scheduler.ipynb #f775ab25
@@ -91,42 +87,15 @@ class InProcess(Executor):
     def close(self, at_once):
         pass
 
-# %% ../../nbs/17_repro/07_scheduler.ipynb #364f0117
-class _Worker(SpawnProcess):
-    "A process that does not know the script which started it, and so cannot run it again."
-    @staticmethod
-    def _Popen(process):
-        script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-        try:
-            return SpawnProcess._Popen(process)
-        finally:
-            sys.modules["__main__"] = script
-
-
-class _Workers(SpawnContext):
-    Process = _Worker
-
 # %% ../../nbs/17_repro/07_scheduler.ipynb #11492fcb
-def _start_worker(held_open):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def end_with_parent():
-        try:
-            held_open.recv()
-        except EOFError:
-            os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
 class Processes(Executor):
     "Runs jobs in worker processes of this machine."
 
     def __init__(self, workers: int):
-        context = _Workers()
+        context = Forks()
         theirs, self.held_open = context.Pipe(duplex=False)
         self.workers, self.slots = workers, 2 * workers
-        self.pool = ProcessPoolExecutor(workers, context, _start_worker, (theirs,))
+        self.pool = ProcessPoolExecutor(workers, context, start_worker, (theirs, dict(os.environ)))
 
     def submit(self, job, root):
         return self.pool.submit(run_job, job, root)
