@@ -18,8 +18,7 @@ from types import ModuleType
 
 # %% ../nbs/01b_forks.ipynb #e916a975
 FORKS = sys.platform == "linux"
-PRELOADED = ("aimfair.experiments", "torchvision", "torch._dynamo",  # every optimizer's first step brings in the last
-             "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
+PRELOADED = ("aimfair.experiments", "torchvision", "torch._dynamo")  # every optimizer's first step brings in the last
 
 # %% ../nbs/01b_forks.ipynb #5800de69
 @contextmanager

@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if folder is None and item.get_closest_marker("real_data"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_setup(item):
+    "Where time is short, slow tests begin only until a moment, in seconds since 1970; those left out are told with the others that are skipped."
+    until = float(os.environ.get("AIMFAIR_SLOW_UNTIL") or "inf")
+    if item.get_closest_marker("slow") and time.time() > until:
+        pytest.skip("no time left for slow tests: AIMFAIR_SLOW_UNTIL is over")
 
 
 @pytest.fixture(scope="session")

@@ -117,6 +117,9 @@ def reproduce(
     """
     which = {"only": only or None, "seeds": seeds, "settings": parse_settings(settings)}
     choose("aggregation", aggregation, ["mean", "published"])
+    if not plan:
+        from aimfair.forks import prepare
+        prepare()  # beside the imports of this process
     from aimfair import experiments
     if plan:
         told, left_out = experiments.make_plan(profile, **which, store=store or "runs")

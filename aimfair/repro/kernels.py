@@ -45,7 +45,7 @@ def run_kernel(arguments: Sequence[str], environment: Mapping[str, str], folder:
     from ipykernel.kernelapp import IPKernelApp
     IPKernelApp.launch_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
 
-
+# %% ../../nbs/17_repro/11b_kernels.ipynb #3c9d51f0
 class _Kernel:
     "A fork, with what Jupyter calls of `subprocess.Popen`."
     stdin = stdout = stderr = None
