@@ -1127,6 +1127,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                         'aimfair.models.outputs._made_by': ('09_models/outputs.html#_made_by', 'aimfair/models/outputs.py'),
                                         'aimfair.models.outputs._named_answer': ( '09_models/outputs.html#_named_answer',
                                                                                   'aimfair/models/outputs.py'),
+                                        'aimfair.models.outputs._overruns': ( '09_models/outputs.html#_overruns',
+                                                                              'aimfair/models/outputs.py'),
                                         'aimfair.models.outputs.answer_of': ( '09_models/outputs.html#answer_of',
                                                                               'aimfair/models/outputs.py'),
                                         'aimfair.models.outputs.classification_loss': ( '09_models/outputs.html#classification_loss',

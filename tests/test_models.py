@@ -1,5 +1,6 @@
 "Classifiers by name, weights that fit or are refused, other people's models."
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -262,6 +263,19 @@ def test_answers_of_any_kind_are_logits():
                  lambda z: type("Output", (), {"logits": z[:, None]})()):
         z = logits_of(Answer(kind), x)
         assert z.shape == (3, 1) and z.dtype == torch.float32
+
+
+@pytest.mark.parametrize("width", [4, 8, 16])
+def test_gradients_are_right_in_the_layout_that_is_chosen(width):
+    "A library for processors gets those of 1 x 1 convolutions with a stride wrong where channels come last and are few, or dies of it."
+    model, x = narrow_resnet18(width).train(), torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    exact = copy.deepcopy(model).double()
+    for m in [model] * 20 + [exact]:
+        m.zero_grad()
+        given = x.double() if m is exact else x.contiguous(memory_format=settle_format(model, x))
+        m(given).square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert torch.allclose(p.grad.double(), q.grad, rtol=1e-3, atol=1e-4 * q.grad.abs().max().item()), name
 
 
 def test_nothing_heavy_is_loaded_for_it():

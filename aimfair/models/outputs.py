@@ -8,6 +8,7 @@ __all__ = ['OutputError', 'answer_of', 'logits_of', 'settle_format', 'BeforeProb
 
 # %% ../../nbs/09_models/03_outputs.ipynb #8217eac0
 from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -64,19 +65,24 @@ def logits_of(
         raise OutputError(f"it returns {str(z.dtype)[6:]}, such as labels; expected logits, one for two classes or one a class")
     return z.float().reshape(len(x), -1)
 
+# %% ../../nbs/09_models/03_outputs.ipynb #c7a90b14
+def _overruns(model):
+    "Has it a convolution that leaves out pixels, of few channels: whose gradients oneDNN, channels last, gets wrong, and writes past a buffer?"
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))  # https://github.com/uxlfoundation/oneDNN/issues/6035
+    return any(set(m.kernel_size) == {1} and max(m.stride) > 1 and m.in_channels // m.groups < 16 for m in convolutions)
+
 
 def settle_format(
     model: nn.Module,  # changed in place: the layout of its weights
     x: torch.Tensor,  # some images, on the model's device
 ) -> torch.memory_format:  # the layout in which the model should be given its images
     "Channels last, unless the model can't work so."
-    try:
-        with evaluating(model), torch.no_grad():
+    if x.device.type != "cpu" or not _overruns(model):
+        with suppress(RuntimeError), evaluating(model), torch.no_grad():
             logits_of(model.to(memory_format=torch.channels_last), x[:2].contiguous(memory_format=torch.channels_last))
-        return torch.channels_last
-    except RuntimeError:
-        model.to(memory_format=torch.contiguous_format)
-        return torch.contiguous_format
+            return torch.channels_last
+    model.to(memory_format=torch.contiguous_format)
+    return torch.contiguous_format
 
 # %% ../../nbs/09_models/03_outputs.ipynb #13dfe238
 _SQUASHED = {"sigmoid": "a sigmoid", "special_expit": "a sigmoid", "hardsigmoid": "a sigmoid", "log_sigmoid": "a sigmoid",
