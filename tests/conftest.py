@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup(item):
-    "Where time is short, slow tests begin only until a moment, in seconds since 1970; those left out are told with the others that are skipped."
+    "Where time is short, slow tests begin only until a moment, in seconds since 1970; others are told as skipped."
     until = float(os.environ.get("AIMFAIR_SLOW_UNTIL") or "inf")
     if item.get_closest_marker("slow") and time.time() > until:
         pytest.skip("no time left for slow tests: AIMFAIR_SLOW_UNTIL is over")

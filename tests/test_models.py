@@ -27,6 +27,7 @@ from aimfair.models import (
     narrow_resnet18,
     read_weights,
     sample_losses,
+    settle_format,
 )
 
 
