@@ -67,7 +67,7 @@ def logits_of(
 
 # %% ../../nbs/09_models/03_outputs.ipynb #c7a90b14
 def _overruns(model):
-    "Has it a convolution that leaves out pixels, of few channels? Channels last, oneDNN gets its gradients wrong, and writes past a buffer."
+    "Has it a convolution that leaves out pixels, of few channels? Channels last, oneDNN errs in its gradients, and overruns a buffer."
     convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))  # https://github.com/uxlfoundation/oneDNN/issues/6035
     return any(set(m.kernel_size) == {1} and max(m.stride) > 1 and m.in_channels // m.groups < 16 for m in convolutions)
 
