@@ -127,7 +127,7 @@ def test_a_biased_model_becomes_fairer():
     pool, test = ramps(dict.fromkeys(FOUR, 250), 3, photo=False), ramps(dict.fromkeys(FOUR, 150), 2)
     with seeded(0):
         start = narrow_resnet18(8)
-    biased = fit(start, real, val, config=TrainConfig(epochs=3, batch_size=64, lr=0.02, **MILD), device="cpu", progress=False).model
+    biased = fit(start, real, val, config=TrainConfig(epochs=2, batch_size=64, lr=0.02, **MILD), device="cpu", progress=False).model
     before = copy.deepcopy(biased.state_dict())
     config = TrainConfig(epochs=4, batch_size=64, lr=0.03, **MILD)
     result = AIMFair(biased, **{**RUN, "config": config}).fit(real=poisoned(real), synthetic=pool, val=poisoned(val), test=test)

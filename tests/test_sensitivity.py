@@ -42,7 +42,7 @@ def test_mean_gradients_in_train_mode_are_autograds_averaged():
     other, total = copy.deepcopy(model).train(), None
     for i in range(0, 64, 16):
         x, y = normalize(data.gather(slice(i, i + 16))), torch.tensor(data.target[i : i + 16]).float()
-        g = torch.autograd.grad(F.binary_cross_entropy_with_logits(other(x).squeeze(1), y), list(other.parameters()))
+        g = torch.autograd.grad(F.binary_cross_entropy_with_logits(other(x.contiguous()).squeeze(1), y), list(other.parameters()))
         total = g if total is None else [a + b for a, b in zip(total, g, strict=True)]
     for (name, _), g in zip(model.named_parameters(), total, strict=True):
         assert torch.allclose(ours[name], g / 4, atol=1e-6, rtol=1e-4)
@@ -87,7 +87,7 @@ def test_the_methods_pass_is_shuffled_augmented_and_in_whole_batches(n, size, pa
     for _ in range(passes):
         for x, y, *_ in batches(data, min(size, n), shuffle=True, drop_last=True, augment=augment, generator=generator):
             assert len(x) == min(size, n)
-            loss = F.binary_cross_entropy_with_logits(probe(x)[:, 0], y.float())
+            loss = F.binary_cross_entropy_with_logits(probe(x.contiguous())[:, 0], y.float())
             seen.append(torch.autograd.grad(loss, list(probe.parameters())))
     assert len(seen) == passes * max(1, n // size)
     for name, *gradients in zip(ours, *seen, strict=True):

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import tiny_pipelines
 import torch
+from faults import interrupt_at
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -197,6 +198,18 @@ def test_what_a_kill_leaves_behind(sd, tmp_path):
     after = snapshot(tmp_path)
     assert len(made) == 12 and {f: v for f, v in after.items() if f != gone} == {f: v for f, v in before.items() if f != gone}
     assert np.array_equal(np.asarray(Image.open(tmp_path / gone)).shape, (16, 16, 3)) and not list((tmp_path / "aside").iterdir())
+
+
+def test_a_torn_batch_ends_with_the_bytes_of_a_whole_one(tmp_path, monkeypatch):
+    "Where an image depends on those beside it in its last bit, as it does on some processors."
+    make("bundled", tmp_path / "whole", per_group=6, device="cpu", config=make_config())
+    for moment in (3, 12, 20):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_at(patch, folders, "_link", moment)
+            make("bundled", tmp_path / str(moment), per_group=6, device="cpu", config=make_config())
+        made = make("bundled", tmp_path / str(moment), per_group=6, device="cpu", config=make_config())
+        for file in made["file"]:
+            assert (tmp_path / str(moment) / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), (moment, file)
 
 
 def test_an_empty_file_is_made_again(sd, tmp_path):

@@ -160,18 +160,27 @@ def _read_records(path: Path) -> list[dict]:
     return [r for r in records if isinstance(r, dict)]
 
 # %% ../../nbs/08_synthesis/03_folders.ipynb #9ac0dff6
+def key_of(record: dict) -> tuple[str, int, int]:
+    "What attempt a record is of."
+    return record["group"], record["index"], record["attempt"]
+
+
 class Journal(SetFolder):
     "The records of a set, and how they are written."
+    def lines(self) -> dict[tuple[str, int, int], dict]:
+        "What the journals say, by attempt."
+        return {key_of(r): r for file in sorted(self.journals.glob("*.jsonl")) for r in _read_records(file)}
+
     def read(self, groups: Iterable[str]) -> list[dict]:
         "One record an attempt: from the journals, and from images whose line was not written any more. Kept ones have their image."
-        found = {(r["group"], r["index"], r["attempt"]): r for file in sorted(self.journals.glob("*.jsonl")) for r in _read_records(file)}
+        found = self.lines()
         for group in groups:
             for home in (group, f"rejected/{group}"):
                 names = set(_images_in(self.root / home))
                 known = {r["file"]: key for key, r in found.items() if r["file"] and r["file"].startswith(f"{home}/")}
                 for file in {f"{home}/{n}" for n in names} - known.keys():
                     r = _record_of(self.root / file)
-                    found[r["group"], r["index"], r["attempt"]] = r
+                    found[key_of(r)] = r
                 if home == group:  # an image that somebody removed is made again
                     for file in known.keys() - {f"{home}/{n}" for n in names}:
                         del found[known[file]]

@@ -24,7 +24,7 @@ from ..data import FolderKind, Upload, new_card, push_folder, size_category, wri
 from ..groups import group_name
 from .featurespace import as_table, open_image
 from .filters import NearDuplicate, check_filters, judge, rejection_report
-from .folders import Journal
+from .folders import Journal, key_of
 from .generators import SynthesisConfig, SynthesisError
 from .generators import call_arguments, components_digest, generator_name, load_generator, other_generator
 from .generators import prepared, resolve_config
@@ -160,6 +160,14 @@ def _next(queue: list, budget: dict[str, int], size: int, short: set[str], slots
     return part
 
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #69a4a731
+def _untorn(folder: Journal, slots: Slots, batches) -> list[dict]:
+    "The records of a set, without those of a batch that a kill tore: the last bit of an image depends on who is drawn beside it."
+    records, lines, mine = folder.read(slots.prompts.groups), folder.lines(), set(slots.wanted())
+    torn = {key_of(r) for r in records if (r["group"], r["index"]) in mine} - lines.keys()
+    whole = not isinstance(batches, Batches) or len(torn) >= batches.size  # from a server, or without its journal
+    return records if whole else [r for r in records if key_of(r) not in torn]
+
+
 def _remember_kept(folder: Journal, slots: Slots, records: list[dict], filters):
     "Tell near-duplicate filters what this shard kept before."
     mine = set(slots.wanted())
@@ -176,7 +184,7 @@ def _remember_kept(folder: Journal, slots: Slots, records: list[dict], filters):
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #4589fd78
 def _fill(folder: Journal, slots: Slots, batches: Batches, resize, filters, max_attempts, progress) -> set[str]:
     "Make what is missing; the groups that used up their budget. Whatever ends it leaves a manifest of what is there."
-    records = folder.read(slots.prompts.groups)
+    records = _untorn(folder, slots, batches)
     slots.refused |= {(r["group"], r["prompt_index"]) for r in records if r["status"] == "refused"}
     queue, short = slots.pending(records), set()
     budget = _budgets(slots, records, max_attempts)
