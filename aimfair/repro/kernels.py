@@ -41,6 +41,8 @@ def own_kernel() -> Iterator[str]:  # its name
 def run_kernel(arguments: Sequence[str], environment: Mapping[str, str], folder: str) -> None:
     "What a fork does to be a kernel: it runs one until it is told to end, or the server that it is a fork of is gone."
     settle(environment)
+    if FORKS:
+        os.setsid()  # Ctrl-C on the terminal is not for it
     os.chdir(folder)
     from ipykernel.kernelapp import IPKernelApp
     IPKernelApp.launch_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
