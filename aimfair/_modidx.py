@@ -894,6 +894,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'aimfair.forks._Fork._Popen': ('forks.html#_fork._popen', 'aimfair/forks.py'),
                                'aimfair.forks._undisturbed': ('forks.html#_undisturbed', 'aimfair/forks.py'),
                                'aimfair.forks._without_script': ('forks.html#_without_script', 'aimfair/forks.py'),
+                               'aimfair.forks.end_with_parent': ('forks.html#end_with_parent', 'aimfair/forks.py'),
                                'aimfair.forks.prepare': ('forks.html#prepare', 'aimfair/forks.py'),
                                'aimfair.forks.settle': ('forks.html#settle', 'aimfair/forks.py'),
                                'aimfair.forks.start_worker': ('forks.html#start_worker', 'aimfair/forks.py')},

@@ -17,7 +17,7 @@ from pathlib import Path
 from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
-from ..forks import FORKS, Forks, settle
+from ..forks import FORKS, Forks, end_with_parent, settle
 
 # %% ../../nbs/17_repro/11b_kernels.ipynb #1bcadd29
 @contextmanager
@@ -38,9 +38,10 @@ def own_kernel() -> Iterator[str]:  # its name
                 os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 # %% ../../nbs/17_repro/11b_kernels.ipynb #1109b095
-def run_kernel(arguments: Sequence[str], environment: Mapping[str, str], folder: str) -> None:
-    "What a fork does to be a kernel: it runs one until it is told to end, or the server that it is a fork of is gone."
+def run_kernel(held_open, arguments: Sequence[str], environment: Mapping[str, str], folder: str) -> None:
+    "What a fork does to be a kernel: it runs one until it is told to end, or who started it is gone."
     settle(environment)
+    end_with_parent(held_open)
     if FORKS:
         os.setsid()  # Ctrl-C on the terminal is not for it
     os.chdir(folder)
@@ -53,8 +54,10 @@ class _Kernel:
     stdin = stdout = stderr = None
 
     def __init__(self, *args):
-        self.process = Forks().Process(target=run_kernel, args=args)
+        theirs, self.held_open = Forks().Pipe(duplex=False)
+        self.process = Forks().Process(target=run_kernel, args=(theirs, *args))
         self.process.start()
+        theirs.close()
         self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
 
     def poll(self):
