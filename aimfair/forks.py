@@ -21,14 +21,18 @@ FORKS = sys.platform == "linux"
 PRELOADED = ("aimfair.experiments", "torchvision", "torch._dynamo")  # every optimizer's first step brings in the last
 
 # %% ../nbs/01b_forks.ipynb #5800de69
+_ONE_AT_A_TIME = threading.Lock()
+
+
 @contextmanager
 def _without_script() -> Iterator[None]:
     "Inside the block the program is a module without a file."
-    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
+    with _ONE_AT_A_TIME:
+        script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = script
 
 
 @contextmanager
@@ -42,14 +46,11 @@ def _undisturbed() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 # %% ../nbs/01b_forks.ipynb #cc32e19c
-_STARTING = threading.Lock()
-
-
 def prepare() -> None:
     "Let the server begin with its imports, so that the first process need not wait for them all."
     if FORKS:
         from multiprocessing import forkserver
-        with _STARTING, _without_script(), _undisturbed():
+        with _undisturbed():
             forkserver.set_forkserver_preload(list(PRELOADED))
             forkserver.ensure_running()
 
@@ -62,7 +63,7 @@ class _Fork(_Process):
     @staticmethod
     def _Popen(process):
         prepare()
-        with _STARTING, _without_script():
+        with _without_script():
             return _Process._Popen(process)
 
 

@@ -202,12 +202,13 @@ def test_what_a_kill_leaves_behind(sd, tmp_path):
 
 def test_a_torn_batch_ends_with_the_bytes_of_a_whole_one(tmp_path, monkeypatch):
     "Where an image depends on those beside it in its last bit, as it does on some processors."
-    make("bundled", tmp_path / "whole", per_group=6, device="cpu", config=make_config())
+    how = {"per_group": 6, "device": "cpu", "config": make_config()}
+    make("bundled", tmp_path / "whole", **how)
     for moment in (3, 12, 20):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             interrupt_at(patch, folders, "_link", moment)
-            make("bundled", tmp_path / str(moment), per_group=6, device="cpu", config=make_config())
-        made = make("bundled", tmp_path / str(moment), per_group=6, device="cpu", config=make_config())
+            make("bundled", tmp_path / str(moment), **how)
+        made = make("bundled", tmp_path / str(moment), **how)
         for file in made["file"]:
             assert (tmp_path / str(moment) / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), (moment, file)
 

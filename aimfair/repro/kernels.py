@@ -46,7 +46,7 @@ def run_kernel(held_open, arguments: Sequence[str], environment: Mapping[str, st
         os.setsid()  # Ctrl-C on the terminal is not for it
     os.chdir(folder)
     from ipykernel.kernelapp import IPKernelApp
-    IPKernelApp.launch_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
+    IPKernelApp.launch_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])  # without it, hints for a terminal are printed
 
 # %% ../../nbs/17_repro/11b_kernels.ipynb #3c9d51f0
 class _Kernel:

@@ -171,9 +171,13 @@ class Journal(SetFolder):
         "What the journals say, by attempt."
         return {key_of(r): r for file in sorted(self.journals.glob("*.jsonl")) for r in _read_records(file)}
 
-    def read(self, groups: Iterable[str]) -> list[dict]:
+    def read(
+        self,
+        groups: Iterable[str],
+        lines: dict | None = None,  # what `lines` has returned; None: they are read now
+    ) -> list[dict]:
         "One record an attempt: from the journals, and from images whose line was not written any more. Kept ones have their image."
-        found = self.lines()
+        found = dict(self.lines() if lines is None else lines)
         for group in groups:
             for home in (group, f"rejected/{group}"):
                 names = set(_images_in(self.root / home))

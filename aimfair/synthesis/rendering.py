@@ -162,7 +162,8 @@ def _next(queue: list, budget: dict[str, int], size: int, short: set[str], slots
 # %% ../../nbs/08_synthesis/06_rendering.ipynb #69a4a731
 def _untorn(folder: Journal, slots: Slots, batches) -> list[dict]:
     "The records of a set, without those of a batch that a kill tore: the last bit of an image depends on who is drawn beside it."
-    records, lines, mine = folder.read(slots.prompts.groups), folder.lines(), set(slots.wanted())
+    lines, mine = folder.lines(), set(slots.wanted())
+    records = folder.read(slots.prompts.groups, lines)
     torn = {key_of(r) for r in records if (r["group"], r["index"]) in mine} - lines.keys()
     whole = not isinstance(batches, Batches) or len(torn) >= batches.size  # from a server, or without its journal
     return records if whole else [r for r in records if key_of(r) not in torn]
