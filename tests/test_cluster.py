@@ -39,10 +39,14 @@ def without_ray():
     return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
 
 
+DRIVERS = []
+
+
 def driver(store, on=""):
     "A process that computes the strategies of the tiny profile."
     env = without_ray() | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", RUN, str(store), on], env=env, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    DRIVERS.append(subprocess.Popen([sys.executable, "-c", RUN, str(store), on], env=env, stderr=subprocess.PIPE, text=True, cwd=ROOT))
+    return DRIVERS[-1]
 
 
 def finish(process):
@@ -79,28 +83,43 @@ def alone(tmp_path_factory):
     return store
 
 
+def patiently(start, times=4):
+    "What `start` returns. Ray waits half a minute for a node, which is little on a busy machine; what is left of one that came late ends."
+    import psutil
+    for turn in range(times):
+        before = set(psutil.Process().children())
+        try:
+            return start()
+        except Exception:
+            for process in set(psutil.Process().children()) - before:
+                process.kill()
+            if turn == times - 1:
+                raise
+
+
 class TwoNodes:
     "A head and one more node, each with one core."
 
     def __init__(self):
         from ray.cluster_utils import Cluster
-        how = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
-        self.cluster, self.how = Cluster(initialize_head=True, head_node_args={**how, "include_dashboard": False}), how
-        self.second = self.cluster.add_node(**how)
-        self.on = f"ray={self.cluster.address}"
+        self.how = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+        self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args={**self.how, "include_dashboard": False}))
+        self.on, self.second = f"ray={self.cluster.address}", None
+        self.mend()
 
     def lose_a_node(self):
         self.cluster.remove_node(self.second, allow_graceful=False)
+        self.second = None
 
     def mend(self):
-        if self.second not in self.cluster.worker_nodes:
-            self.second = self.cluster.add_node(**self.how)
+        if self.second is None:
+            self.second = patiently(lambda: self.cluster.add_node(**self.how))
 
     def workers(self):
         "Processes of these nodes that run a job or an actor, by what they run."
         import psutil
         found = {}
-        for node in (self.cluster.head_node, self.second):
+        for node in filter(None, (self.cluster.head_node, self.second)):
             raylet = node.all_processes["raylet"][0].process.pid
             with contextlib.suppress(psutil.NoSuchProcess):  # it may end meanwhile
                 for process in psutil.Process(raylet).children():
@@ -111,17 +130,22 @@ class TwoNodes:
 
 
 @pytest.fixture(scope="module")
-def two_nodes():
+def cluster():
     pytest.importorskip("ray")
-    for turn in range(3):  # Ray waits half a minute for a node, which is little on a busy machine
-        try:
-            nodes = TwoNodes()
-            break
-        except Exception:
-            if turn == 2:
-                raise
+    nodes = TwoNodes()
     yield nodes
     nodes.cluster.shutdown()
+
+
+@pytest.fixture
+def two_nodes(cluster):
+    "Both are there and idle, however the test before ended."
+    yield cluster
+    for process in DRIVERS:
+        process.kill()
+        process.wait()
+    DRIVERS.clear()
+    cluster.mend()
 
 
 @pytest.mark.slow
