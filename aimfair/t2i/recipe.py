@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from ..convolutions import quick_convolutions
 from ..core import Settings, digest, progress_bar, spread, whole_file
 from ..device import stream_seed
 
@@ -195,7 +196,8 @@ def minimise(
     start = restore_checkpoint(learner, checkpoint, identity)
     with progress_bar(total=steps, initial=start, desc=name, unit=" steps", disable=not progress) as bar:
         for step in range(start, steps):
-            loss = loss_of(step)
+            with quick_convolutions(learner.parameters[0].device):
+                loss = loss_of(step)
             learner.learn(step, loss, learning_rate(step, steps, lr, warmup))
             shown = loss.item() if shown is None else 0.98 * shown + 0.02 * loss.item()
             bar.set_postfix(loss=f"{shown:.4f}", refresh=False)

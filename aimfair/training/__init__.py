@@ -7,10 +7,10 @@ __all__ = []
 
 # %% ../../nbs/10_training/00_training.ipynb #dba95fb3
 from ..models import classification_loss, create_model, head_of, logits_of, predicted_labels
-from . import backbone, callbacks, depthwise, loop, masks, predictions, protocol, ranks, recogniser
+from . import backbone, callbacks, loop, masks, predictions, protocol, ranks, recogniser
 from .backbone import *
 from .callbacks import *
-from .depthwise import *
+
 from .loop import *
 from .masks import *
 from .predictions import *
@@ -18,5 +18,5 @@ from .protocol import *
 from .ranks import *
 from .recogniser import *
 
-__all__ = [*protocol.__all__, *masks.__all__, *ranks.__all__, *predictions.__all__, *callbacks.__all__, *depthwise.__all__, *loop.__all__,
-           *backbone.__all__, *recogniser.__all__]
+__all__ = [*protocol.__all__, *masks.__all__, *ranks.__all__, *predictions.__all__, *callbacks.__all__, *loop.__all__, *backbone.__all__,
+           *recogniser.__all__]

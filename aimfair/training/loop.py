@@ -19,12 +19,13 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..convolutions import quick_convolutions
 from ..core import Html, digest, html_curve, html_table, progress_bar, shown_figure, whole_file
 from ..data import Faces, chosen_batches
 from ..device import autocast, reused_memory, seeded, stream_seed
 from ..models import classification_loss, logits_of, predicted_labels
 from .callbacks import Callback
-from .depthwise import depthwise_gradients
+
 from .masks import Mask, left_out, only_trainable, put_back, without_held
 from .predictions import Criteria, judge, placed
 from .ranks import (ALONE, Ranks, backward_from, check_same, current_ranks, once, own_device, piece_lengths,
@@ -44,7 +45,7 @@ def add_gradients(forward, loss_fn, images, y, rows=None, pieces=1, ranks=ALONE)
     parts = images.split([len(ranks.share(n)) or 1 for n in lengths])
     total, logits = 0.0, []
     for x, labels, of in zip(parts, y.split(lengths), rows, strict=True):
-        with depthwise_gradients(x.device):
+        with quick_convolutions(x.device):
             z, own = whole_logits(forward, x, len(labels), ranks)
         loss = loss_fn(z, labels, of) * (len(labels) / len(y))
         backward_from(loss, z, own, ranks)

@@ -1,6 +1,7 @@
-"""Depthwise convolutions on a CPU: whatever the network, the gradients are PyTorch's own"""
+"""Convolutions on a CPU: whatever the network and the processor, the gradients are PyTorch's own"""
 import copy
 from contextlib import nullcontext
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from aimfair.convolutions import quick_convolutions
 from aimfair.data import Faces, normalize
 from aimfair.device import seeded
 from aimfair.models import create_model
 from aimfair.sensitivity import mean_gradients
-from aimfair.training import TrainConfig, depthwise_gradients, fit
+from aimfair.training import TrainConfig, fit
 
 
 class Filter(nn.Module):
@@ -40,12 +42,20 @@ def gradients(module, x, within):
     return [y.detach(), x.grad, *(p.grad.clone() for p in module.parameters())]
 
 
+def processor(capability):
+    "Inside the block, this machine is taken for one with AVX2 alone, or with AVX-512."
+    return patch("torch.backends.cpu.get_cpu_capability", lambda: capability)
+
+
 def same(module, x, tolerance):
     "Against PyTorch's own in double precision: in bfloat16 PyTorch itself is wrong where a tap meets no pixel of a narrow map."
     exact = gradients(copy.deepcopy(module).double(), x.double(), nullcontext())
-    for usual, ours in zip(exact, gradients(module, x, depthwise_gradients("cpu")), strict=True):
-        assert ours.shape == usual.shape and ours.dtype == x.dtype
-        assert (ours - usual).abs().max() <= tolerance * max(usual.abs().max(), 1e-3)
+    for capability in ("AVX2", "AVX512"):
+        with processor(capability):
+            found = gradients(module, x, quick_convolutions("cpu"))
+        for usual, ours in zip(exact, found, strict=True):
+            assert ours.shape == usual.shape and ours.dtype == x.dtype
+            assert (ours - usual).abs().max() <= tolerance * max(usual.abs().max(), 1e-3), capability
 
 
 @settings(max_examples=150, deadline=None)
@@ -62,6 +72,38 @@ def test_any_filter_stride_and_border(data):
         x = x.contiguous(memory_format=torch.channels_last)
     module = Filter(w, b if draw(st.booleans(), "bias") else None, stride=stride, padding=padding)
     same(module, x, {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_filter_of_all_channels(data):
+    draw = data.draw
+    taps, stride, padding = (draw(st.tuples(st.integers(a, b), st.integers(a, b)), name) for name, a, b in
+                             (("taps", 1, 5), ("stride", 1, 3), ("padding", 0, 4)))
+    size = [draw(st.integers(max(1, k - 2 * p), 6)) for k, p in zip(taps, padding, strict=True)]
+    inputs, outputs = (draw(st.sampled_from([1, 30, 64])) for _ in range(2))
+    dtype, made = draw(st.sampled_from([torch.float64, torch.float32])), torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    x, w, b = (torch.randn(shape, generator=made).to(dtype) for shape in ((3, inputs, *size), (outputs, inputs, *taps), (outputs,)))
+    if draw(st.booleans(), "channels last"):
+        x, w = (v.contiguous(memory_format=torch.channels_last) for v in (x, w))
+    bias = outputs > 1 and draw(st.booleans(), "bias")  # of one filter, that of this loss sums up to nothing
+    module = Filter(w, b if bias else None, stride=stride, padding=padding, groups=1)
+    same(module, x, {torch.float64: 1e-9, torch.float32: 1e-4}[dtype])
+
+
+@pytest.mark.parametrize("capability, channels, side, trained, ours", [
+    ("AVX2", 64, 4, True, True), ("AVX512", 64, 4, True, False), ("AVX2", 64, 16, True, False), ("AVX2", 4, 4, True, False),
+    ("AVX2", 64, 4, False, False),
+])
+def test_filters_of_all_channels_are_ours_where_that_is_quicker(capability, channels, side, trained, ours):
+    x = torch.randn(2, channels, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
+    layer = nn.Conv2d(channels, channels, 3, padding=1).to(memory_format=torch.channels_last).requires_grad_(trained)
+    with processor(capability):
+        with quick_convolutions("cpu"):
+            y = layer(x)
+        with nullcontext():
+            usual = layer(x)
+    assert (type(y.grad_fn) is not type(usual.grad_fn)) == ours and torch.equal(y, usual)
 
 
 @pytest.mark.parametrize("taps, stride, padding, size", [
@@ -86,7 +128,7 @@ def test_other_convolutions_are_as_they_were(how):
 
 
 def test_words_one_image_and_more_filters_than_channels():
-    with depthwise_gradients("cpu"):
+    with quick_convolutions("cpu"):
         by_name = F.conv2d(torch.ones(1, 3, 5, 5), weight=torch.ones(3, 1, 3, 3), groups=3)
         assert by_name.shape == (1, 3, 3, 3) and (by_name == 9).all()
         assert F.conv2d(torch.ones(3, 5, 5), torch.ones(3, 1, 3, 3), None, 1, 1, 1, 3).shape == (3, 5, 5)  # no batch
@@ -97,13 +139,29 @@ def test_gradients_of_gradients():
     x, w = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 6, 5), (3, 1, 5, 5)))
 
     def convolved(x, w):
-        with depthwise_gradients("cpu"):
+        with quick_convolutions("cpu"):
             return F.conv2d(x, w, None, (2, 1), (2, 1), (1, 1), 3)
 
-    assert torch.autograd.gradcheck(convolved, (x, w)) and torch.autograd.gradgradcheck(convolved, (x, w))
+    for capability in ("AVX2", "AVX512"):
+        with processor(capability):
+            assert torch.autograd.gradcheck(convolved, (x, w)) and torch.autograd.gradgradcheck(convolved, (x, w))
 
 
-@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "mobilenetv3_small_050", "convnext_atto"])
+def test_gradients_of_gradients_of_all_channels():
+    x, w = (torch.randn(shape, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+            for shape in ((2, 12, 2, 1), (11, 12, 3, 3)))
+
+    def convolved(x, w):
+        with quick_convolutions("cpu"):
+            return F.conv2d(x.contiguous(memory_format=torch.channels_last), w, None, (2, 1), (1, 1), (1, 1), 1)
+
+    with processor("AVX2"):
+        assert "Convolution" in type(convolved(x, w).grad_fn).__name__
+        assert type(convolved(x, w).grad_fn) is not type(F.conv2d(x, w, None, (2, 1), (1, 1)).grad_fn)
+        assert torch.autograd.gradcheck(convolved, (x, w)) and torch.autograd.gradgradcheck(convolved, (x, w))
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "mobilenetv3_small_050", "convnext_atto", "resnet10t"])
 def test_networks_that_people_have(name):
     model = create_model(f"timm/{name}", n_outputs=2).double()
     batch = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
