@@ -350,7 +350,7 @@ def file_digest(
     length: int = 16,  # of the result, at most 64
 ) -> str:  # hexadecimal digits
     "SHA-256 over a file's content, or a folder's, read in pieces."
-    path, h = Path(path), hashlib.sha256()
+    path, h = user_path(path), hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and keep(p.relative_to(path)))
     for p in files:
         if p != path:

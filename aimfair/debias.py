@@ -36,7 +36,7 @@ def _model_name(spec):
     if Path(folder, "config.json").is_file():
         return f"a folder {file_digest(folder)}"
     where, _, name = str(spec).rpartition(":")
-    return f"{name} in a file {file_digest(where)}" if where.endswith(".py") and Path(where).is_file() else str(spec)
+    return f"{name} in a file {file_digest(where)}" if where.endswith(".py") and user_path(where).is_file() else str(spec)
 
 # %% ../nbs/15_debias.ipynb #42d4ad34
 def _with_files(predictions, tables, home):
@@ -55,7 +55,7 @@ def _with_files(predictions, tables, home):
 def _record(options, tables, files):
     "What the numbers of a result depend on, as plain JSON values."
     for name, file in files.items():
-        if file is not None and not Path(file).exists():
+        if file is not None and not user_path(file).exists():
             raise FileNotFoundError(f"{name}: no such file {file}")
     contents = {name: _table_digest(t) for name, t in tables.items()} | {name: file and file_digest(file) for name, file in files.items()}
     return json.loads(json.dumps(options | {f"{name} (contents)": value for name, value in contents.items()}))
@@ -175,9 +175,9 @@ def debias(
         pixels = image_size(network) if size is None else size
         faces = {name: load_faces(table, size=pixels, cache=cache, progress=progress) for name, table in tables.items()}
         done = aim.fit(**faces, prompts=prompts_in(tables["synthetic"], faces["synthetic"]), checkpoint=checkpoint)
-        return replace(done, predictions=_with_files(done.predictions, tables, Path(out).absolute()))
+        return replace(done, predictions=_with_files(done.predictions, tables, user_path(out).absolute()))
 
     try:
-        return _once(Path(out), record, compute)
+        return _once(user_path(out), record, compute)
     except FloatingPointError as error:
         raise ValueError(one_line(error)) from error

@@ -277,6 +277,14 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_said(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} >= {"new", "d"} and (tmp_path / "new" / "b.jsonl").is_file()
 
 
+def test_a_tilde_is_the_home_folder_for_everything_in_the_library_that_takes_a_path(tmp_path):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir(), here.mkdir()
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "home_paths.py")], capture_output=True, text=True, timeout=500, cwd=here,
+                          env=os.environ | {"HOME": str(home), "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"})
+    assert done.returncode == 0 and not done.stdout.strip() and not os.listdir(here), done.stdout + done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("words", [["--out=~/a.json"], ["--out", "~/a.json"], ["--out=~/deep/er/a.json"]])
 def test_a_tilde_on_the_command_line(tmp_path, words):
     done = command("prompts", "write", "toy-smiling-male", "--per-group=1", *words, HOME=str(tmp_path))

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, DataWarning, listed, unknown
+from ..core import DataError, DataWarning, listed, unknown, user_path
 from ..groups import Names, in_order, plain, with_names
 
 # %% ../../nbs/04_data/01_reading.ipynb #76acfeea
@@ -33,10 +33,11 @@ def warn(message: str) -> None:
 # %% ../../nbs/04_data/01_reading.ipynb #9e9da53f
 def find_file(root, names) -> Path:
     "The first of the names that exists under root. Raises `FileNotFoundError`."
+    root = user_path(root)
     for name in names:
-        if (Path(root) / name).exists():
-            return Path(root) / name
-    if not Path(root).is_dir():
+        if (root / name).exists():
+            return root / name
+    if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     raise FileNotFoundError(f"{root}: has none of {', '.join(names)}")
 
@@ -57,7 +58,7 @@ def image_names(
     folder: str | Path,
 ) -> list[str]:  # sorted
     "The names of the images of a folder. Files that are neither images nor what usually lies beside them are named in a warning."
-    names = sorted(os.listdir(folder))
+    names = sorted(os.listdir(user_path(folder)))
     others = [n for n in names if not (is_image(n) or n.startswith(".") or n.lower().endswith(_BESIDE))]
     others = [n for n in others if not os.path.isdir(os.path.join(folder, n))]
     if others:

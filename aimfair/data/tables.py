@@ -30,7 +30,7 @@ def is_celeba(
     root: str | Path,
 ) -> bool:
     "Whether a folder has CelebA's attribute list."
-    return any((Path(root) / name).is_file() for name in _CELEBA_LISTS)
+    return any((user_path(root) / name).is_file() for name in _CELEBA_LISTS)
 
 
 def celeba_attributes(
@@ -99,7 +99,7 @@ def celeba(
     _check_attributes(file, target, protected)
     labels = celeba_attributes(root, [target] + ([protected] if protected else []))
     ids = labels.index.to_series(index=range(len(labels)))
-    folders = [Path(root) / n for n in ("img_align_celeba/img_align_celeba", "img_align_celeba", "Img/img_align_celeba")]
+    folders = [root / n for n in ("img_align_celeba/img_align_celeba", "img_align_celeba", "Img/img_align_celeba")]
     folder = next((f for f in folders if f.is_dir()), folders[1])
     facts = {"file": str(file), "target": target, "protected": protected}
     names = Names(*(celeba_words(name) if name else None for name in (target, protected)), fixed=True)
@@ -288,7 +288,7 @@ def is_fairface(
     root: str | Path,
 ) -> bool:
     "Whether a folder has one of FairFace's label files, with their columns."
-    files = [Path(root) / name for names in _FAIRFACE_LISTS.values() for name in names]
+    files = [user_path(root) / name for names in _FAIRFACE_LISTS.values() for name in names]
     return any(file.is_file() and {"age", "gender", "race"} <= {name.lower() for name in header(file)[0]} for file in files)
 
 

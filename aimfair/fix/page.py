@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core import whole_file
+from ..core import user_path, whole_file
 from ..prompts import PromptSet, Task
 from ..synthesis import image_grid, rejection_report
 from ..sensitivity import plot_sensitivity
@@ -25,10 +25,10 @@ from ..report import Cell, Section, TableText, plot_change, plot_thresholds, thr
 
 # %% ../../nbs/19_fix/04_page.ipynb #04f93bad
 def saved_report(
-    folder: Path,  # that `debias` wrote
+    folder: str | Path,  # that `debias` wrote
 ) -> BeforeAfter:
     "The report of a fairer classifier, from its file; the choice of k is left out."
-    content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    content = json.loads((user_path(folder) / "report.json").read_text(encoding="utf-8"))
     rows = {(images, figure): row for images, figures in content["figures"].items() for figure, row in figures.items()}
     frame = pd.DataFrame([{k: np.nan if v is None else v for k, v in row.items()} for row in rows.values()])
     frame.index = pd.MultiIndex.from_tuples(rows, names=["images", "figure"])

@@ -89,7 +89,7 @@ def create_model(
 ) -> nn.Module:
     "A classifier by name. Raises `ValueError` for an unknown name and `WeightsError` for weights it cannot get."
     path = asset("toy_resnet18.safetensors") if weights == "bundled" else weights
-    is_file = path is not None and (Path(path).suffix in {".safetensors", ".pth", ".pt", ".bin"} or Path(path).is_file())
+    is_file = path is not None and (Path(path).suffix in {".safetensors", ".pth", ".pt", ".bin"} or user_path(path).is_file())
     tag = None if is_file else weights
     with seeded(seed):
         if name == "toy_resnet18":
@@ -141,6 +141,7 @@ def _imported(where):
 def _user_function(spec) -> Callable:
     "The function that 'module:function' or 'file.py:function' names."
     where, _, name = spec.rpartition(":")
+    where = str(user_path(where)) if where.endswith(".py") else where
     if where.endswith(".py") and not Path(where).is_file():
         raise FileNotFoundError(f"model {spec!r}: no such file {where}")
     try:
@@ -237,7 +238,7 @@ def model_from(
     weights: str | Path | None = None,  # safetensors, a PyTorch state dict, or their folder; may be left out where the model has its own
 ) -> nn.Module:
     "Someone's trained classifier. Raises `ValueError`, `WeightsError` or `FileNotFoundError`."
-    if ":" not in spec or spec.startswith(("timm/", "hf/")) or Path(spec).is_dir():
+    if ":" not in spec or spec.startswith(("timm/", "hf/")) or user_path(spec).is_dir():
         model = _model_named(spec, weights)
     else:
         try:
@@ -257,7 +258,7 @@ def save_model(
 ) -> Path:  # the folder
     "Save a model in the form it came in: with `save_pretrained` and its image processor where it has that, else model.safetensors."
     from safetensors.torch import save_file
-    folder = Path(folder)
+    folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not hasattr(model, "save_pretrained"):  # clones: tensors that share memory cannot be stored as they are
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, folder / "model.safetensors")

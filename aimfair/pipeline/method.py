@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..core import digest, unknown, whole_file, whole_folder, write_whole
+from ..core import digest, unknown, user_path, whole_file, whole_folder, write_whole
 from ..groups import Group, Names, group_name, parse_majority
 from ..data import Faces, FolderKind, Upload, new_card, push_folder
 from ..models import IMAGENET, Pixels, check_model, class_names_of, copy_model, origin_of, pixels_of, save_model
@@ -184,7 +184,7 @@ class Debiased(_Sharing):
         Raises `FileExistsError` if the folder is there and not empty."""
         with whole_folder(folder, overwrite) as aside:
             self.write_into(aside)
-        return Path(folder)
+        return user_path(folder)
 
     def write_into(self, folder: Path) -> None:
         "Write the files one by one into a folder that is there."
@@ -225,7 +225,7 @@ def _faces_digest(faces, groups=False):
 class _Checkpoint:
     "A folder in which a run keeps what it has done; without a folder, nothing is kept."
     def __init__(self, folder, identity):  # `identity()` is plain JSON
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else user_path(folder)
         if self.folder is None:
             return
         once(lambda: self._begin(digest(identity()), self.folder / "run.json"))

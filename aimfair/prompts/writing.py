@@ -83,7 +83,7 @@ class _Journal:
     "Answers on disk, one JSON line each; without a file, in memory alone."
 
     def __init__(self, path, about):
-        self.path, self.read = path and Path(path), 0
+        self.path, self.read = path and user_path(path), 0
         self.answers = _kept_answers(self.path, about) if self.path else []
 
     def get(self, ask: Callable[[], list[str]]) -> list[str]:
@@ -260,7 +260,7 @@ def write_file(
     **options,  # of `write_prompts`
 ) -> PromptSet:
     "Write a prompt set to a file; answers are kept beside it until it is complete, so the same call goes on after a kill."
-    path = Path(path)
+    path = user_path(path)
     checkpoint = path.with_name(f"{path.name}.partial.jsonl")
     if path.exists() and not checkpoint.exists():
         raise PromptError(f"{path} exists already; delete it, or name another file")

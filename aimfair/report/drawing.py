@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import write_whole
+from ..core import user_path, write_whole
 from .scores import HIGHER_IS_BETTER, SCORE_WORDS, SCORES
 
 # %% ../../nbs/16_report/04_drawing.ipynb #02704565
@@ -76,7 +76,7 @@ def remove_figure(
 ) -> None:
     "Remove the files of a figure that is no longer to be shown; none is fine, too."
     for kind in _NO_METADATA:
-        Path(f"{stem}.{kind}").unlink(missing_ok=True)
+        user_path(f"{stem}.{kind}").unlink(missing_ok=True)
 
 # %% ../../nbs/16_report/04_drawing.ipynb #40c093df
 COLUMN = 85 / 25.4  # width of a column of print, in inches

@@ -19,7 +19,7 @@ from typing import Any
 
 from jinja2 import Template
 
-from ..core import in_words, write_whole
+from ..core import in_words, user_path, write_whole
 from .formats import Cell, TableText, templates
 from .machine import hardware, package_versions
 from .tables import TABLE_TYPE
@@ -100,13 +100,14 @@ class Section:
                       error: str | None = "",  # why it failed
                       ) -> "Section":
         "Title, description, computed sentences and tables of a notebook."
-        cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"] if Path(path).is_file() else []
+        path = user_path(path)
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
         prose = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
         lines = next((p.splitlines() for p in prose if p.startswith("# ")), [])
         quote = " ".join(line[1:].strip() for line in lines[1:] if line.startswith(">"))
         shown = [] if error else [o["data"] for c in cells for o in c.get("outputs", ()) if "data" in o]
         title = lines[0][2:].strip() if lines else ""
-        return cls(name or Path(path).stem, title, quote, tuple(_sentences(shown)), error, tuple(_tables(shown)))
+        return cls(name or path.stem, title, quote, tuple(_sentences(shown)), error, tuple(_tables(shown)))
 
     @property
     def heading(self) -> str:
@@ -244,7 +245,7 @@ def write_html_report(
     introduction: str = INTRODUCTION,  # one paragraph of Markdown under the title
 ) -> Path:  # the file
     "Tables, figures, settings, versions and hardware in one file that needs no other; equal runs differ in date and duration alone."
-    sections, folder, date = list(experiments), Path(folder or Path(path).parent), date or datetime.now(timezone.utc)
+    sections, folder, date = list(experiments), user_path(folder or Path(path).parent), date or datetime.now(timezone.utc)
     made = f"{date:%Y-%m-%d %H:%M %Z}".strip() + (f"; profile {about['profile']}" if "profile" in about else "")
     return write_whole(path, _page_template("report.html.j2").render(
         title=title, introduction=introduction, made=made,

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from ..core import shown_figure, write_whole
+from ..core import shown_figure, user_path, write_whole
 from ..groups import Names
 from ..metrics import FEW
 from .drawing import COLOURS, house_style, write_figure
@@ -36,7 +36,7 @@ class World:
              stem: str | Path,  # of the files stem.csv and, where there is one, stem-scores.csv
              ) -> "World":
         "The results under a stem. Raises `FileNotFoundError` where there are none."
-        table, scores = Path(f"{stem}.csv"), Path(f"{stem}-scores.csv")
+        table, scores = (user_path(f"{stem}{end}.csv") for end in ("", "-scores"))
         if not table.is_file():
             raise FileNotFoundError(f"{table}: no such table; aimfair reproduce --only {table.stem} --out {table.parent} writes it")
         if scores.is_file():
@@ -223,16 +223,16 @@ def photo_folders(
 ) -> dict[str, Path]:  # {data set: folder}, CelebA first
     "Subfolders that hold results of photos: those with a table of fine-tuning strategies or of all methods."
     tables = ("finetuning_strategies.csv", "tradeoff.csv")
-    found = {p.name: p for p in sorted(Path(figures).iterdir()) if any((p / table).is_file() for table in tables)}
+    found = {p.name: p for p in sorted(user_path(figures).iterdir()) if any((p / table).is_file() for table in tables)}
     return {PHOTOS.get(name, name): found[name] for name in [*(n for n in PHOTOS if n in found), *(n for n in found if n not in PHOTOS)]}
 
 # %% ../../nbs/16_report/09_worlds.ipynb #777546a0
 def _agreement_table(figures, folders):
     "Rank correlations between the drawn world and each data set of photos; None where nothing can be compared."
     there = {title: World.read(folder / "tradeoff") for title, folder in folders.items() if (folder / "tradeoff.csv").is_file()}
-    if not there or not (Path(figures) / "tradeoff.csv").is_file():
+    if not there or not (figures / "tradeoff.csv").is_file():
         return None
-    drawn = World.read(Path(figures) / "tradeoff")
+    drawn = World.read(figures / "tradeoff")
     frame = pd.concat({title: rank_agreement(drawn, real) for title, real in there.items()}, names=["photos"]).reset_index("score")
     frame.insert(1, "seeds", [there[title].seeds for title in frame.index])
     how = "their seeds" if drawn.runs is not None else "their stated deviation over seeds"
@@ -268,7 +268,7 @@ def write_worlds(
     figures: str | Path = "figures",  # folder of the drawn world's results, with a subfolder for each profile of photos
 ) -> list[Path]:  # files that were written; none where there are no photos
     "Write what spans profiles: worlds.*, photos-groups.*, photos-differences.* and photos.md."
-    figures, parts, files = Path(figures), ["### Photos of people"], []
+    figures, parts, files = user_path(figures), ["### Photos of people"], []
     folders = photo_folders(figures)
     groups = {t: group_intervals(pd.read_csv(f)) for t, p in folders.items() if (f := p / "finetuning_strategies-groups.csv").is_file()}
     if groups:

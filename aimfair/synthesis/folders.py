@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from ..core import whole_file, write_whole
+from ..core import user_path, whole_file, write_whole
 from .generators import SynthesisError
 
 # %% ../../nbs/08_synthesis/03_folders.ipynb #2ef8bd6a
@@ -40,7 +40,7 @@ def _differences(there: dict, asked: dict) -> list[str]:
 class SetFolder:
     "A set on disk: its identity, its locks."
     def __init__(self, root, shard: tuple[int, int] = (0, 1)):
-        self.root, self.name = Path(root), f"shard-{shard[0]}-of-{shard[1]}"
+        self.root, self.name = user_path(root), f"shard-{shard[0]}-of-{shard[1]}"
         self.identity_file, self.journals = self.root / "synthesis.json", self.root / "journal"
 
     def lock(self, name: str = "lock", timeout: float = -1):

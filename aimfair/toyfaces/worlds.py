@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import write_whole
+from ..core import user_path, write_whole
 from ..groups import PAPER_GROUPS, group_name
 from .factors import annotations, judged, sample_factors
 from .painting import draw
@@ -31,7 +31,7 @@ def _encode(image, suffix):
 
 def _claim(root, **world):
     "Note which world a folder holds; refuse to mix two."
-    note, root = json.dumps({"format": 2, **world}, sort_keys=True), Path(root)
+    note, root = json.dumps({"format": 2, **world}, sort_keys=True), user_path(root)
     path = root / "toyfaces.json"
     if path.exists() and path.read_text(encoding="utf-8") != note:
         raise ValueError(f"{root} holds other drawn faces, {path.read_text(encoding='utf-8')}, not {note}: choose another folder")
@@ -42,7 +42,7 @@ def _claim(root, **world):
 
 def _write_images(root, names, factors, size):
     "Draw and write the images that are not there yet."
-    paths = [Path(root) / name for name in names]
+    paths = [root / name for name in names]
     missing = [i for i, p in enumerate(paths) if not p.exists()]
     for at in range(0, len(missing), 256):
         rows = missing[at : at + 256]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..core import user_path
 from ..data import Faces
 from ..device import pick_device
 from ..models import create_model, head_of
@@ -57,4 +58,4 @@ def save_backbone(
     "Store a backbone without its head, in half precision."
     from safetensors.torch import save_file
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items() if not k.startswith(head_of(model) + ".")}
-    save_file({k: v.contiguous() for k, v in state.items()}, path)
+    save_file({k: v.contiguous() for k, v in state.items()}, user_path(path))

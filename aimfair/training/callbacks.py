@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..core import user_path
+
 # %% ../../nbs/10_training/04_callbacks.ipynb #b155f803
 Callback = Callable[[int, int, dict[str, float]], Any]  # (gradient steps done, epoch from 0, its figures: lr, loss, train_accuracy, ...)
 
@@ -31,7 +33,7 @@ def tensorboard_callback(
     folder: str | Path,  # of the run; `tensorboard --logdir` shows it
 ) -> Callback:
     "Writes the figures of every epoch for TensorBoard, over gradient steps. Raises `ImportError` without the extra `tensorboard`."
-    writer = _extra("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
+    writer = _extra("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(user_path(folder)))
 
     def write(step, epoch, metrics):
         for name, value in {"epoch": epoch, **_finite(metrics)}.items():

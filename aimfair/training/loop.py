@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..convolutions import quick_convolutions
-from ..core import Html, digest, html_curve, html_table, progress_bar, shown_figure, whole_file
+from ..core import Html, digest, html_curve, html_table, progress_bar, shown_figure, user_path, whole_file
 from ..data import Faces, chosen_batches
 from ..device import autocast, reused_memory, seeded, stream_seed
 from ..models import classification_loss, logits_of, predicted_labels
@@ -192,10 +192,10 @@ def _save(path, identity, run, done):
 
 def _resume(path, identity, run):
     "Go on from a checkpoint where there is one. Raises `ValueError` for that of another run."
-    if path is None or not Path(path).exists():
+    if path is None or not user_path(path).exists():
         return _Progress()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(user_path(path), map_location="cpu", weights_only=True)
         same = state["identity"] == identity
     except Exception as e:
         raise ValueError(f"{path} is not a checkpoint of this library ({type(e).__name__}); remove it or name another") from e
