@@ -122,7 +122,7 @@ def finetune_config(**changes):
 
 # %% ../nbs/15_debias.ipynb #c852a58f
 def debias(
-    *, model: str,  # a torchvision name, "timm/NAME", "hf/NAME", a folder, "package.module:function" or "path/to/file.py:function"
+    *, model: str | Path,  # a torchvision name, "timm/NAME", "hf/NAME", a folder, "package.module:function" or "path/to/file.py:function"
     weights: str | Path | None = None,  # the biased model's weights, head included; a Hugging Face model has its own
     real: str | Path,  # real training images: CSV or folder; groups are not read
     synthetic: str | Path,  # synthetic images by group: folder with a manifest, or with folders such as 1_0, smiling_male, smiling/male

@@ -74,7 +74,7 @@ call(done.save, "~/saved") if done else None
 call(models.model_from, "toy_resnet18", "~/saved")
 how = {"real": "~/real.csv", "val": "~/real.csv", "synthetic": "~/groups", "majority": "0_1,1_0", "epochs": 1, "batch_size": 16}
 call(debias, model="toy_resnet18", weights="~/weights.pt", out="~/debiased", **how, **FILES)
-call(debias, model="~/network.py:made", weights="~/weights.pt", out="~/debiased too", **how, **FILES)
+call(debias, model=Path("~/network.py:made"), weights="~/weights.pt", out="~/debiased too", **how, **FILES)
 there("saved", "debiased/run.json", "debiased too/run.json")
 call(explore, "~/debiased")
 call(saved_report, "~/debiased")
