@@ -234,7 +234,7 @@ def _model_named(spec, weights):
 
 # %% ../../nbs/09_models/05_sources.ipynb #185d81f7
 def model_from(
-    spec: str | Path,  # a torchvision name, "toy_resnet18", "timm/NAME", "hf/NAME", a folder, "package.module:function" or "file.py:function"
+    spec: str | Path,  # a torchvision name, "toy_resnet18", "timm/NAME", "hf/NAME", a folder, "module:function" or "file.py:function"
     weights: str | Path | None = None,  # safetensors, a PyTorch state dict, or their folder; may be left out where the model has its own
 ) -> nn.Module:
     "Someone's trained classifier. Raises `ValueError`, `WeightsError` or `FileNotFoundError`."
