@@ -261,6 +261,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'aimfair.core._toml': ('core.html#_toml', 'aimfair/core.py'),
                               'aimfair.core.append_lines': ('core.html#append_lines', 'aimfair/core.py'),
                               'aimfair.core.as_html': ('core.html#as_html', 'aimfair/core.py'),
+                              'aimfair.core.as_json': ('core.html#as_json', 'aimfair/core.py'),
                               'aimfair.core.aside_of': ('core.html#aside_of', 'aimfair/core.py'),
                               'aimfair.core.asset': ('core.html#asset', 'aimfair/core.py'),
                               'aimfair.core.cores': ('core.html#cores', 'aimfair/core.py'),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from .core import digest, file_digest, one_line, only_worker, put_in_place, user_path, write_whole
+from .core import as_json, digest, file_digest, one_line, only_worker, put_in_place, user_path, write_whole
 from .data import faces_table, load_faces
 from .groups import names_of
 from .models import image_size, model_from
@@ -58,7 +58,7 @@ def _record(options, tables, files):
         if file is not None and not user_path(file).exists():
             raise FileNotFoundError(f"{name}: no such file {file}")
     contents = {name: _table_digest(t) for name, t in tables.items()} | {name: file and file_digest(file) for name, file in files.items()}
-    return json.loads(json.dumps(options | {f"{name} (contents)": value for name, value in contents.items()}))
+    return json.loads(as_json(options | {f"{name} (contents)": value for name, value in contents.items()}))
 
 # %% ../nbs/15_debias.ipynb #c54dea26
 @dataclass

@@ -71,7 +71,7 @@ def infer_environments(
     "Soft assignment of samples to two environments that maximises the IRM penalty (Creager, Jacobsen and Zemel, ICML 2021, EI)."
     g = scale_gradients(torch.tensor(logits).float(), torch.tensor(y))
     g = g / g.std(correction=0).clamp_min(1e-12)  # so that Adam's epsilon does not decide
-    w = torch.randn(len(g), generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    w = torch.randn(len(g), generator=torch.Generator().manual_seed(int(seed))).requires_grad_()
     adam = torch.optim.Adam([w], lr=lr)
     for _ in range(steps):
         a = w.sigmoid()

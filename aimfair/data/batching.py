@@ -183,7 +183,7 @@ def batches(
     n = len(faces)
     order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
     stop = n - n % batch_size if drop_last else n
-    rows = order[:stop].split(batch_size)[which] if stop else ()
+    rows = order[:stop].split(int(batch_size))[which] if stop else ()
     return chosen_batches(faces, rows, augment=augment, generator=generator, device=device, ahead=ahead, own=own)
 
 # %% ../../nbs/04_data/05_batching.ipynb #a5fcc8e6

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..core import digest, unknown, user_path, whole_file, whole_folder, write_whole
+from ..core import as_json, digest, unknown, user_path, whole_file, whole_folder, write_whole
 from ..groups import Group, Names, group_name, parse_majority
 from ..data import Faces, FolderKind, Upload, new_card, push_folder
 from ..models import IMAGENET, Pixels, check_model, class_names_of, copy_model, origin_of, pixels_of, save_model
@@ -233,7 +233,7 @@ class _Checkpoint:
     def _begin(self, identity, file):
         if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != identity:
             raise ValueError(f"{self.folder} holds the unfinished work of another run; remove it or name another checkpoint")
-        write_whole(file, json.dumps(identity))
+        write_whole(file, as_json(identity))
 
     def path(self, name):
         return self.folder and self.folder / name
@@ -262,7 +262,7 @@ def _check_normalisation(mean, std):
 
 
 def _whole_number(value, low, high=np.inf):
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and low <= value <= high
 
 
 def _check_options(aim):
@@ -468,7 +468,7 @@ def _identity(aim, images):
     majority = None if aim.majority is None else parse_majority(aim.majority, images.groups, images.names)
     faces = [_faces_digest(images.real), _faces_digest(images.pool, groups=True), _faces_digest(images.held_out, groups=True),
              _faces_digest(images.val)]
-    normalisation = [list(aim.mean or ()), list(aim.std or ())]
+    normalisation = [[] if given is None else list(map(float, given)) for given in (aim.mean, aim.std)]
     return [{name: getattr(aim, name) for name in names}, str(majority), aim.config.model_dump_json(), normalisation,
             _model_digest(aim.model), faces]
 

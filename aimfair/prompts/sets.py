@@ -6,7 +6,6 @@
 __all__ = ['PromptSet', 'load_prompts']
 
 # %% ../../nbs/06_prompts/09_sets.ipynb #3598fd9a
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core import Html, SettingsError, as_html, asset, digest, html_table, listed, unknown, write_whole
+from ..core import Html, SettingsError, as_html, as_json, asset, digest, html_table, listed, unknown, write_whole
 from .checks import check_prompt
 from .tasks import TASKS, PromptError, Task, known_style, load_task, names_a_file, read_table
 
@@ -59,7 +58,7 @@ class PromptSet:
 
     def to_json(self) -> str:
         "As JSON text, with `groups` by name."
-        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+        return as_json(self.to_dict(), indent=1, ensure_ascii=False)
 
     def to_text(self) -> str:
         "As a list to read."

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from operator import index
 from pathlib import Path
 
 from ..core import DataError, append_lines, digest, progress_bar, read_lines, user_path
@@ -236,7 +237,7 @@ def write_prompts(
     progress: bool = False,  # show a bar
 ) -> PromptSet:
     "Have a language model write a prompt set. Raises `PromptError` when the budget does not fill every group."
-    task = load_task(task)
+    task, seed = load_task(task), index(seed)  # by whose words the backend's are drawn
     known_style(style)
     if per_group < 1 or budget < 1 or n_lines < 1:
         raise PromptError(f"per_group={per_group}, budget={budget} and n_lines={n_lines} must be at least 1")

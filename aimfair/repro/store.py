@@ -27,7 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 import pandas as pd
 from filelock import FileLock
 
-from ..core import DataError, DataWarning, digest, file_digest, listed, put_in_place, remove_unfinished, user_path
+from ..core import DataError, DataWarning, as_json, digest, file_digest, listed, put_in_place, remove_unfinished, user_path
 from ..data.images import cache_folder, writable
 from .objects import Lease, Objects, at_once, facts_of, held, is_address, lease_seconds
 
@@ -65,7 +65,7 @@ def _made(final, artifact, make, cost):
 
 def _note(folder, about):
     aside = folder.with_name(f"{folder.name}.json")  # not in the folder, which holds nothing but the artifact
-    aside.write_text(json.dumps(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    aside.write_text(as_json(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(aside, folder / "artifact.json")
 
 
@@ -213,7 +213,7 @@ class Shelf(Begun):
         files, place = _described(folder), f"{artifact.stage}/files/{artifact.hash}/{folder.name}"
         at_once(lambda name: self.objects.put(f"{place}/{name}", folder / name), files)
         about = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))
-        manifest = json.dumps({**about, "attempt": folder.name, "files": files}, indent=1, sort_keys=True) + "\n"
+        manifest = as_json({**about, "attempt": folder.name, "files": files}, indent=1, sort_keys=True) + "\n"
         return self.objects.create(f"{artifact.stage}/{artifact.hash}.json", manifest.encode())
 
     def withdraw(self, artifact: Artifact, attempt: str) -> None:

@@ -94,7 +94,7 @@ def gradient_pass(
     """Mean gradient over augmented, shuffled passes in training mode; last partial batches are dropped (paper: SMG).
 
     Inside `distributed` several processes share every mini-batch, and all get the same gradients."""
-    device, size, generator = own_device(device), min(batch_size, len(faces)), torch.Generator().manual_seed(seed)
+    device, size, generator = own_device(device), min(batch_size, len(faces)), torch.Generator().manual_seed(int(seed))
     ranks = current_ranks()
     how = dict(shuffle=True, drop_last=True, augment=augment, generator=generator, device=device)
     how |= {} if ranks.size == 1 else {"own": partial(ranks.own, pieces=accumulate)}
@@ -139,7 +139,7 @@ def group_gradients(
     device = own_device(device)
     probe, mean, count = _probe(model, device).eval(), {}, {}
     batch_size = batch_size or min(128, 4 * images_at_once(faces.size, device))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
 
     def summed(logits, y, rows):  # a sum, so that the last, smaller batch weighs by its images
         return classification_loss(logits, y) * len(y)

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from ..core import user_path, whole_file, write_whole
+from ..core import as_json, user_path, whole_file, write_whole
 from .generators import SynthesisError
 
 # %% ../../nbs/08_synthesis/03_folders.ipynb #2ef8bd6a
@@ -67,8 +67,8 @@ class SetFolder:
             self._check_empty()
         with self.lock():
             if not self.identity_file.is_file():
-                write_whole(self.identity_file, json.dumps(identity, indent=1, ensure_ascii=False))
-        if there := _differences(self.identity(), json.loads(json.dumps(identity))):
+                write_whole(self.identity_file, as_json(identity, indent=1, ensure_ascii=False))
+        if there := _differences(self.identity(), json.loads(as_json(identity))):
             raise SynthesisError(f"{self.root}: holds another set; choose another folder ({'; '.join(there)})")
 
     def identity(self) -> dict:
@@ -101,7 +101,7 @@ def _write_image(path: Path, image, record: dict):
     "Write an image with its facts."
     from PIL.PngImagePlugin import PngInfo
     facts = PngInfo()
-    facts.add_itxt(_FACTS, json.dumps(record, ensure_ascii=False))
+    facts.add_itxt(_FACTS, as_json(record, ensure_ascii=False))
     image.save(path, pnginfo=facts)
 
 # %% ../../nbs/08_synthesis/03_folders.ipynb #e33e1f4d
@@ -144,7 +144,7 @@ def _images_in(folder: Path) -> list[str]:
 
 def _append_records(path: Path, records: Iterable[dict]):
     "Append a batch, on the disk when this returns; its first line break ends a line that a kill may have torn."
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    text = "".join(as_json(record, ensure_ascii=False) + "\n" for record in records)
     with open(path, "ab") as f:  # nothing is read: a journal grows long
         f.write(b"\n" + text.encode())
         f.flush()

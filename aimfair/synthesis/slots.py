@@ -7,13 +7,12 @@ __all__ = ['image_seed', 'prompt_index', 'parse_shard']
 
 # %% ../../nbs/08_synthesis/02_slots.ipynb #ccb7d321
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..core import digest
+from ..core import as_json, digest
 from ..groups import parse_group
 from ..prompts import load_prompts
 from .generators import SynthesisError
@@ -21,7 +20,7 @@ from .generators import SynthesisError
 # %% ../../nbs/08_synthesis/02_slots.ipynb #747534ab
 def _number(*parts) -> int:
     "A number in [0, 2^63) from anything that can be written down."
-    text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
+    text = as_json(parts, ensure_ascii=False, separators=(",", ":"))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 

@@ -123,7 +123,7 @@ def sample_sheet(
 ):  # PIL image, a grid
     "What the generator draws for some prompts."
     from PIL import Image
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(int(seed) + i) for i in range(len(prompts))]
     with quiet():
         images = pipeline(list(prompts), num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators).images
     size = images[0].width

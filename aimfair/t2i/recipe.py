@@ -6,7 +6,6 @@
 __all__ = ['T2IConfig']
 
 # %% ../../nbs/07_t2i/04_recipe.ipynb #2e640de5
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from ..convolutions import quick_convolutions
-from ..core import Settings, digest, progress_bar, spread, whole_file
+from ..core import Settings, as_json, digest, progress_bar, spread, whole_file
 from ..device import stream_seed
 
 # %% ../../nbs/07_t2i/04_recipe.ipynb #5f2ca937
@@ -224,7 +223,7 @@ def run_identity(
     if decoder:
         fields = {k: v for k, v in fields.items() if k.startswith(("code", "critic", "decoder", "latent", "size"))}
     some = np.ascontiguousarray(spread(images, 64))
-    return json.dumps([fields, seed, len(images), digest(some, length=64)], sort_keys=True, default=list)
+    return as_json([fields, seed, len(images), digest(some, length=64)], sort_keys=True)
 
 
 def latents_identity(latents: Sequence[torch.Tensor]) -> str:

@@ -7,13 +7,12 @@ __all__ = ['write_celeba', 'write_utkface', 'write_groups']
 
 # %% ../../nbs/05_toyfaces/07_worlds.ipynb #91ba8a1b
 import io
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core import user_path, write_whole
+from ..core import as_json, user_path, write_whole
 from ..groups import PAPER_GROUPS, group_name
 from .factors import annotations, judged, sample_factors
 from .painting import draw
@@ -31,7 +30,7 @@ def _encode(image, suffix):
 
 def _claim(root, **world):
     "Note which world a folder holds; refuse to mix two."
-    note, root = json.dumps({"format": 2, **world}, sort_keys=True), user_path(root)
+    note, root = as_json({"format": 2, **world}, sort_keys=True), user_path(root)
     path = root / "toyfaces.json"
     if path.exists() and path.read_text(encoding="utf-8") != note:
         raise ValueError(f"{root} holds other drawn faces, {path.read_text(encoding='utf-8')}, not {note}: choose another folder")

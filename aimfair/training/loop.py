@@ -6,7 +6,6 @@
 __all__ = ['Loss', 'Best', 'Fitted', 'fit']
 
 # %% ../../nbs/10_training/05_loop.ipynb #a9bda1a3
-import json
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from ..convolutions import quick_convolutions
-from ..core import Html, digest, html_curve, html_table, progress_bar, shown_figure, user_path, whole_file
+from ..core import Html, as_json, digest, html_curve, html_table, progress_bar, shown_figure, user_path, whole_file
 from ..data import Faces, chosen_batches
 from ..device import autocast, reused_memory, seeded, stream_seed
 from ..models import classification_loss, logits_of, predicted_labels
@@ -158,8 +157,8 @@ def _mask_identity(mask):
 def _identity(model, train, trainable, about):
     "What makes two runs the same run, as JSON; `about` are plain values."
     weights = (part for name, v in model.state_dict().items() for part in (name.encode(), v.detach().float().cpu().numpy()))
-    return json.dumps({**about, "trainable": _mask_identity(trainable), "weights": digest(*weights, length=64),
-                       "images": digest(train.ids.tolist(), train.target.tolist(), length=64)}, sort_keys=True)
+    return as_json({**about, "trainable": _mask_identity(trainable), "weights": digest(*weights, length=64),
+                    "images": digest(train.ids.tolist(), train.target.tolist(), length=64)}, sort_keys=True)
 
 # %% ../../nbs/10_training/05_loop.ipynb #f4811c9a
 class Best(NamedTuple):
