@@ -383,6 +383,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'aimfair.data.images._shards': ('04_data/images.html#_shards', 'aimfair/data/images.py'),
                                      'aimfair.data.images._try_decode': ('04_data/images.html#_try_decode', 'aimfair/data/images.py'),
                                      'aimfair.data.images._upright': ('04_data/images.html#_upright', 'aimfair/data/images.py'),
+                                     'aimfair.data.images._whole_numbers': ('04_data/images.html#_whole_numbers', 'aimfair/data/images.py'),
                                      'aimfair.data.images.cache_folder': ('04_data/images.html#cache_folder', 'aimfair/data/images.py'),
                                      'aimfair.data.images.decode': ('04_data/images.html#decode', 'aimfair/data/images.py'),
                                      'aimfair.data.images.joined_pixels': ('04_data/images.html#joined_pixels', 'aimfair/data/images.py'),

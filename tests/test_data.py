@@ -1,6 +1,7 @@
 """aimfair.data: every format and fault that a notebook cell does not show."""
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -675,6 +676,24 @@ def test_faces_copy_no_pixels_and_reject_nonsense(tmp_path):
 # --- augmentation -------------------------------------------------------------------------------------------------------------
 
 def generator(seed=0): return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("given, wrong", [
+    (["cat", "dog"], "'cat'"), ([0, 0.5], "0.5"), ([1, np.nan], "nan"), ([np.inf, 0], "inf"), ([None, 1], "None"),
+    (np.array(["1", "x"]), "'x'"), (pd.Series([1, pd.NA], dtype="Int64"), "nan"),
+])
+def test_labels_are_whole_numbers(given, wrong):
+    images = np.zeros((2, 3, 8, 8), np.uint8)
+    for name, how in (("target", {"target": given}), ("protected", {"target": [0, 1], "protected": given})):
+        with pytest.raises(DataError, match=re.escape(f"{name} holds {wrong}; expected whole numbers")):
+            Faces.from_arrays(images, **how)
+
+
+@pytest.mark.parametrize("given", [[1, 0], (True, False), np.array([1.0, 0.0]), np.array([1, 0], np.uint8), ["1", "0"],
+                                   pd.Series([1, 0], index=[5, 6]), pd.Series([1, 0], dtype="Int64"), torch.tensor([1, 0])])
+def test_whole_numbers_come_in_many_kinds(given):
+    faces = Faces.from_arrays(np.zeros((2, 3, 8, 8), np.uint8), given, given)
+    assert faces.target.dtype == np.int64 and faces.target.tolist() == faces.protected.tolist() == [1, 0]
 
 
 @settings(max_examples=40, deadline=None)

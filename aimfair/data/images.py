@@ -259,6 +259,17 @@ def _check_arrays(images, values) -> None:
         if given is not None and len(given) != len(images):
             raise DataError(f"{name} has {len(given)} values for {len(images)} images")
 
+
+def _whole_numbers(values, name) -> np.ndarray:
+    "Labels as int64. Raises `DataError` for words, fractions, and what is missing."
+    values = np.asarray(values)
+    if values.dtype.kind not in "iub":
+        numbers = pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(float)
+        if len(wrong := np.flatnonzero(~(np.isfinite(numbers) & (numbers == np.floor(numbers))))):
+            raise DataError(f"{name} holds {values.tolist()[wrong[0]]!r}; expected whole numbers, such as 0 and 1: `names` has their words")
+        values = numbers
+    return values.astype(np.int64)
+
 # %% ../../nbs/04_data/03_images.ipynb #c2f34252
 _PICTURES, _ROWS = 56, 16  # of a display: images, and groups
 
@@ -293,8 +304,8 @@ class Faces(Pixels):
     "Decoded faces: their pixels, and for every face its labels and its id."
     def __init__(self, sources, source, row, target, protected=None, ids=None, dropped=None, names=None):
         super().__init__(sources, source, row)
-        self.target = np.asarray(target, np.int64)
-        self.protected = None if protected is None else np.asarray(protected, np.int64)
+        self.target = _whole_numbers(target, "target")
+        self.protected = None if protected is None else _whole_numbers(protected, "protected")
         self.ids = np.asarray(np.arange(len(self.target)) if ids is None else ids).astype(str)
         self.dropped = dict(dropped or {})  # path -> reason
         self.names = names or Names()  # words for the numbers of target and protected
