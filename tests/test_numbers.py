@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from aimfair.data import Faces, batches, faces_table, load_faces
+from aimfair.data.reading import parse_bins
 from aimfair.finetuning import finetune
 from aimfair.models import create_model
 from aimfair.pipeline import AIMFair
@@ -45,6 +46,10 @@ def test_a_training_goes_on_where_one_with_other_numbers_was(learn, faces, tmp_p
     how = {"checkpoint": tmp_path / "run.pt", "callback": lambda *of: epochs.append(of), "progress": False, "device": "cpu"}
     first, second = (learn(*numbers, faces, **how) for numbers in BOTH)
     assert len(epochs) == 1 and weights(first.model) == weights(second.model)
+
+
+def test_bins_begin_at_the_same_numbers():
+    assert parse_bins([18, 40]) == parse_bins(np.array([18, 40])) == parse_bins([np.float64(18), 40])
 
 
 def test_gradients_and_batches(faces):

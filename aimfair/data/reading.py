@@ -234,7 +234,7 @@ def parse_bins(
 ) -> dict[str, tuple[float, float]]:  # by name: from, and up to but without
     "Bins of an ordered attribute, the lowest first. Raises `ValueError`."
     parts = bins.split(",") if isinstance(bins, str) else list(bins)
-    if all(isinstance(p, int | float) for p in parts) and parts == sorted(set(parts)) and parts:
+    if all(isinstance(p, int | float | np.number) for p in parts) and parts == sorted(set(parts)) and parts:
         ends = [-np.inf, *map(float, parts), np.inf]
         names = [f"under {parts[0]:g}", *(f"{a:g}-{b - 1:g}" for a, b in zip(parts, parts[1:], strict=False)), f"{parts[-1]:g}+"]
         return dict(zip(names, zip(ends, ends[1:], strict=False), strict=True))
