@@ -268,7 +268,7 @@ def _whole_numbers(values, name) -> np.ndarray:
         if len(wrong := np.flatnonzero(~(np.isfinite(numbers) & (numbers == np.floor(numbers))))):
             raise DataError(f"{name} holds {values.tolist()[wrong[0]]!r}; expected whole numbers, such as 0 and 1: `names` has their words")
         values = numbers
-    return values.astype(np.int64)
+    return values.astype(np.int64, copy=False)
 
 # %% ../../nbs/04_data/03_images.ipynb #c2f34252
 _PICTURES, _ROWS = 56, 16  # of a display: images, and groups
