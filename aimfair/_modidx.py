@@ -231,7 +231,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                 'aimfair/convolutions.py'),
                                       'aimfair.convolutions._is_ours': ('convolutions.html#_is_ours', 'aimfair/convolutions.py'),
                                       'aimfair.convolutions._met': ('convolutions.html#_met', 'aimfair/convolutions.py'),
-                                      'aimfair.convolutions._out': ('convolutions.html#_out', 'aimfair/convolutions.py'),
                                       'aimfair.convolutions._taps_are_quick': ( 'convolutions.html#_taps_are_quick',
                                                                                 'aimfair/convolutions.py'),
                                       'aimfair.convolutions._two': ('convolutions.html#_two', 'aimfair/convolutions.py'),

@@ -76,20 +76,15 @@ def _avx2(dtype):
     return dtype in (torch.float32, torch.float64) and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-def _out(x, w, stride, padding):
-    "Height and width of what comes out."
-    return [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], padding, w.shape[2:], stride, strict=True)]
-
-
 def _taps_are_quick(x, w, stride, padding):
     "Whether the gradient of dense filters is best had tap by tap."
-    pixels = math.prod(_out(x, w, stride, padding))
+    pixels = math.prod((n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], padding, w.shape[2:], stride, strict=True))
     return _avx2(x.dtype) and x.is_contiguous(memory_format=torch.channels_last) and len(w) * w.shape[1] > 128 * pixels
 
 
-def _way_of_depthwise(x, w, stride, padding):
+def _way_of_depthwise(g, x, w, stride):
     "How the gradient of filters of one channel is best had: None is the usual way."
-    taps, half, small = w.shape[2:], x.dtype == torch.bfloat16, min(_out(x, w, stride, padding)) < 3
+    taps, half, small = w.shape[2:], x.dtype == torch.bfloat16, min(g.shape[2:]) < 3
     if _avx2(x.dtype):
         return _by_taps if math.prod(x.shape[2:]) <= 64 and (max(taps) > 3 or small) else None
     many = taps[1] > 3 or taps[1] == 3 < taps[0]
@@ -108,7 +103,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         (x, w), (stride, padding, groups), (of_x, of_w, of_bias, *_) = ctx.saved_tensors, ctx.how, ctx.needs_input_grad
-        way = _way_of_depthwise(x, w, stride, padding) if groups > 1 else _by_taps
+        way = _way_of_depthwise(g, x, w, stride) if groups > 1 else _by_taps
         way = None if way is _by_taps and torch.is_grad_enabled() else way  # gradients of gradients, which taps in place do not have
         inside = all(p < k for p, k in zip(padding, w.shape[2:], strict=True))
         spread = groups > 1 and x.dtype == torch.bfloat16 and stride != (1, 1) and inside

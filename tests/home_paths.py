@@ -4,6 +4,7 @@ Prints a line for each call that failed or left something in the working folder,
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,6 +13,7 @@ import torch
 
 from aimfair import data, experiments, finetuning, models, pipeline, prompts, report, repro, synthesis, t2i, toyfaces, training
 from aimfair.core import asset
+from aimfair.data.reading import image_names
 from aimfair.debias import debias
 from aimfair.explore import explore
 from aimfair.fix import saved_report
@@ -49,6 +51,9 @@ call(data.celeba_attributes, "~/celeba")
 call(data.utkface, "~/utkface")
 if not call(data.is_celeba, "~/celeba"):
     WRONG.append("data.is_celeba does not see ~/celeba")
+with warnings.catch_warnings():
+    warnings.simplefilter("error")  # such as that its folders look like no images
+    call(image_names, "~/groups")
 table = call(data.faces_table, "~/groups", groups=True)
 faces = call(data.load_faces, table, **FILES)
 table.assign(image=table.path)[["image", "target"]].to_csv(HOME / "real.csv", index=False)

@@ -280,8 +280,8 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_said(tmp_path):
 def test_a_tilde_is_the_home_folder_for_everything_in_the_library_that_takes_a_path(tmp_path):
     home, here = tmp_path / "home", tmp_path / "here"
     home.mkdir(), here.mkdir()
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "home_paths.py")], capture_output=True, text=True, timeout=500, cwd=here,
-                          env=os.environ | {"HOME": str(home), "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"})
+    done = python("import os, runpy, sys; os.chdir(sys.argv[1]); runpy.run_path(sys.argv[2])", here, ROOT / "tests" / "home_paths.py",
+                  HOME=str(home))
     assert done.returncode == 0 and not done.stdout.strip() and not os.listdir(here), done.stdout + done.stderr[-2000:]
 
 

@@ -58,7 +58,8 @@ def image_names(
     folder: str | Path,
 ) -> list[str]:  # sorted
     "The names of the images of a folder. Files that are neither images nor what usually lies beside them are named in a warning."
-    names = sorted(os.listdir(user_path(folder)))
+    folder = user_path(folder)
+    names = sorted(os.listdir(folder))
     others = [n for n in names if not (is_image(n) or n.startswith(".") or n.lower().endswith(_BESIDE))]
     others = [n for n in others if not os.path.isdir(os.path.join(folder, n))]
     if others:

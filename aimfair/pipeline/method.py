@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..core import as_json, digest, unknown, user_path, whole_file, whole_folder, write_whole
+from ..core import digest, unknown, user_path, whole_file, whole_folder, write_whole
 from ..groups import Group, Names, group_name, parse_majority
 from ..data import Faces, FolderKind, Upload, new_card, push_folder
 from ..models import IMAGENET, Pixels, check_model, class_names_of, copy_model, origin_of, pixels_of, save_model
@@ -233,7 +233,7 @@ class _Checkpoint:
     def _begin(self, identity, file):
         if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != identity:
             raise ValueError(f"{self.folder} holds the unfinished work of another run; remove it or name another checkpoint")
-        write_whole(file, as_json(identity))
+        write_whole(file, json.dumps(identity))
 
     def path(self, name):
         return self.folder and self.folder / name

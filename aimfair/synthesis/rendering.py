@@ -430,7 +430,7 @@ def synthesize(
     manifest = manifest[manifest["index"] < per_group].reset_index(drop=True)
     if len(manifest) == per_group * len(prompts.groups):  # other shards may still be at work
         with folder.lock():
-            write_card(folder.root, image_set_card(folder.root))
+            write_card(out, image_set_card(out))
     manifest.attrs |= {"cost": pipe.cost} if hasattr(pipe, "cost") else {}
     return manifest
 

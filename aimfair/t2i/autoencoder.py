@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import spread, user_path
+from ..core import spread
 from ..data import normalize
 from ..device import autocast, images_at_once, pick_device, seeded
 from .recipe import T2IConfig, minimise, run_identity, step_generator
@@ -124,7 +124,7 @@ def train_autoencoder(
         return contrast_loss(y, x)
 
     minimise([vae.decoder], loss_of, steps=config.decoder_steps, lr=config.decoder_lr, warmup=50, ema=0.99,
-             checkpoint=user_path(out) / "decoder.pt", identity=run_identity(config, seed, images, decoder=True),
+             checkpoint=Path(out) / "decoder.pt", identity=run_identity(config, seed, images, decoder=True),
              every=config.checkpoint_every, name="decoder", progress=progress)
     return vae.eval().requires_grad_(False)
 

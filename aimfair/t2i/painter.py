@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import user_path
 from ..data import normalize
 from ..device import autocast, pick_device, seeded
 from .autoencoder import SCALE, contrast_loss
@@ -88,6 +87,6 @@ def train_painter(
         mixing, critic = Mixing(code.stages.channels(config.size)).to(device), Critic().to(device)
     identity = run_identity(config, seed, images, decoder=True) + latents_identity(latents)
     minimise([vae, critic], _Lesson(vae, critic, mixing, code, images, latents, config, seed, device), steps=config.decoder_steps,
-             lr=config.decoder_lr, warmup=50, ema=0.998, momentum=0.5, checkpoint=user_path(out) / "decoder.pt", identity=identity,
+             lr=config.decoder_lr, warmup=50, ema=0.998, momentum=0.5, checkpoint=Path(out) / "decoder.pt", identity=identity,
              every=config.checkpoint_every, name="decoder", progress=progress)
     return vae.eval().requires_grad_(False)

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from ..convolutions import quick_convolutions
-from ..core import Settings, as_json, digest, progress_bar, spread, whole_file
+from ..core import Settings, as_json, digest, progress_bar, spread, user_path, whole_file
 from ..device import stream_seed
 
 # %% ../../nbs/07_t2i/04_recipe.ipynb #5f2ca937
@@ -169,6 +169,7 @@ def save_checkpoint(learner: Learner, path: Path, identity: str, step: int):
 
 def restore_checkpoint(learner: Learner, path: Path, identity: str) -> int:
     "Go on from a checkpoint, if there is one: how many steps are done. Raises `ValueError` where it belongs to another run."
+    path = user_path(path)
     if not path.exists():
         return 0
     state = torch.load(path, map_location=learner.parameters[0].device, weights_only=True)

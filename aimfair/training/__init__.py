@@ -10,7 +10,6 @@ from ..models import classification_loss, create_model, head_of, logits_of, pred
 from . import backbone, callbacks, loop, masks, predictions, protocol, ranks, recogniser
 from .backbone import *
 from .callbacks import *
-
 from .loop import *
 from .masks import *
 from .predictions import *

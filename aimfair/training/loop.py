@@ -24,7 +24,6 @@ from ..data import Faces, chosen_batches
 from ..device import autocast, reused_memory, seeded, stream_seed
 from ..models import classification_loss, logits_of, predicted_labels
 from .callbacks import Callback
-
 from .masks import Mask, left_out, only_trainable, put_back, without_held
 from .predictions import Criteria, judge, placed
 from .ranks import (ALONE, Ranks, backward_from, check_same, current_ranks, once, own_device, piece_lengths,
@@ -191,10 +190,10 @@ def _save(path, identity, run, done):
 
 def _resume(path, identity, run):
     "Go on from a checkpoint where there is one. Raises `ValueError` for that of another run."
-    if path is None or not user_path(path).exists():
+    if path is None or not (file := user_path(path)).exists():
         return _Progress()
     try:
-        state = torch.load(user_path(path), map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         same = state["identity"] == identity
     except Exception as e:
         raise ValueError(f"{path} is not a checkpoint of this library ({type(e).__name__}); remove it or name another") from e
