@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pace import slowness
 
 from aimfair.data import Augment, DataError, DataWarning, batches, biased_split, celeba, folder, load_faces, utkface, write_split
 from aimfair.groups import hold_out
@@ -66,7 +67,7 @@ def test_a_split_takes_seconds(tmp_path):
             f"write_split(biased_split(celeba({str(needs('celeba-10k'))!r}), n=20_000), {str(tmp_path / 'split.csv')!r}); "
             "print(time.process_time())")
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert float(result.stdout) < 12  # about 4 s, most of it for importing
+    assert float(result.stdout) < 8 * slowness()  # about 4 s, most of it for importing
     lines = (tmp_path / "split.csv").read_text().splitlines()
     assert lines[0] == "image_id,Smiling,Male" and len(lines) == 20_001 and lines[1:] == sorted(lines[1:])
 

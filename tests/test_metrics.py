@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pace import slowness
 
 from aimfair.metrics import (
     MEASURES,
@@ -394,7 +395,7 @@ def test_intervals_are_fast():
         start = time.perf_counter()
         _intervals(table["correct"].to_numpy(), table["count"].to_numpy(), 2, 0.95)
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.02, seconds
+    assert min(seconds) < 0.02 * slowness(), seconds
 
 
 def test_nothing_is_drawn():

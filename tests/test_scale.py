@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pace import slowness
 
 from aimfair.device import ray_cluster
 from aimfair.repro import (
@@ -251,7 +252,9 @@ def timed(jobs, executor):
     return failed, time.process_time() - start
 
 
-LIMIT = 4  # seconds, for what takes one or two where nobody else is at work
+def limit():
+    "Seconds for what takes one or two on a quick machine where nobody else is at work."
+    return 4 * slowness()
 
 
 class TestTenThousand:
@@ -259,12 +262,12 @@ class TestTenThousand:
     def test_are_handed_out_in_time(self, jobs, nodes):
         executor = Simulated(Machines(nodes=nodes), dict.fromkeys(jobs, 1.0))
         failed, took = timed(jobs, executor)
-        assert not failed and took < LIMIT and len(what_ran(executor)) == len(jobs) == 10_000
+        assert not failed and took < limit() and len(what_ran(executor)) == len(jobs) == 10_000
 
     def test_fail_in_time(self, jobs):
         "Two thousand chains, each broken at its first link."
         failed, took = timed(jobs, Failing(Machines(), dict.fromkeys(jobs, 1.0)))
-        assert took < LIMIT
+        assert took < limit()
         assert {str(error) for error in failed.values()} == {job.name for job in jobs.values() if job.name.endswith(".0")}
         assert all(str(error).split(".")[0] == jobs[h].name.split(".")[0] for h, error in failed.items()) and len(failed) == len(jobs) - 20
 
@@ -272,7 +275,7 @@ class TestTenThousand:
         "The published protocol with forty seeds."
         start = time.process_time()
         plan, _ = make_plan("paper", seeds=40, store=tmp_path, check=False)
-        assert time.process_time() - start < LIMIT and len(plan.missing) > 10_000
+        assert time.process_time() - start < limit() and len(plan.missing) > 10_000
 
     def test_each_is_looked_for_once(self, jobs):
         asked = []

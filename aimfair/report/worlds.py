@@ -121,7 +121,7 @@ def _interval(part, confidence):
     n, seeds, mean = part["images"].iloc[0], len(part), part["accuracy"].mean()
     right = (mean / 100 * n + 2) / (n + 4)
     images, between = 1e4 * right * (1 - right) / (n + 4), part["accuracy"].var(ddof=1) / seeds if seeds > 1 else 0.0
-    df = (seeds - 1) * (1 + images / between) ** 2 if between > 0 else np.inf
+    df = (seeds - 1) * (1 + images / between) ** 2 if between > 1e-9 * images else np.inf
     reach = stdtrit(df, 0.5 + confidence / 2) * np.sqrt(images + between)
     return pd.Series({"name": part["name"].iloc[0], "images": n, "seeds": seeds, "accuracy": mean,
                       "low": max(0.0, mean - reach), "high": min(100.0, mean + reach)})
