@@ -25,6 +25,7 @@ from pace import slowness
 from safetensors.torch import load_file
 
 from aimfair.core import read_settings
+from aimfair.data import celeba
 from aimfair.experiments import EXPERIMENTS, METHODS, STRATEGIES, from_notebook, make_plan, reproduce, results, run
 from aimfair.groups import group_sizes
 from aimfair.repro import (
@@ -61,6 +62,7 @@ from aimfair.repro import (
 )
 from aimfair.repro.catalogue import cases_of, find_method
 from aimfair.repro.results import note_choices
+from aimfair.toyfaces import write_celeba
 
 TINY = {"data.n": 80, "data.n_train": 200, "data.n_val": 40, "data.n_test": 80, "synthetic.kind": "studio", "synthetic.pool": 44,
         "synthetic.per_group": 20, "train.epochs": 2, "finetune.epochs": 1, "train.batch_size": 16, "finetune.batch_size": 16,
@@ -769,6 +771,17 @@ class TestGenerated:
         assert prompts_of(profile.data, profile.synthetic).task.name == "celeba-smiling-male"
         assert load_profile("celeba64").synthetic.kind == "celeba"
         assert "contextual-pose prompts, rendered by the bundled generator" in about_synthetic(profile.synthetic)
+
+    def test_annotations_are_read_once_for_all_seeds(self, tmp_path, monkeypatch):
+        "Those of the whole CelebA take seconds."
+        for i, name in enumerate(("real", "synthetic")):
+            write_celeba(tmp_path / name, n_train=150, n_val=20, n_test=20, size=32, seed=i)
+        read = []
+        monkeypatch.setattr("aimfair.repro.images.celeba", lambda root, **named: read.append(Path(root).name) or celeba(root, **named))
+        plan, _ = make_plan("celeba64", ["finetuning_strategies"], seeds=4, store=tmp_path / "runs", settings={
+            "data.root": tmp_path / "real", "synthetic.root": tmp_path / "synthetic", "data.n": 40, "model.name": "toy_resnet18",
+            "model.weights": None, "synthetic.per_group": 4, "synthetic.held_out": 2})
+        assert sorted(read) == ["real", "synthetic"] and len(plan.seeds) == 4 and len(plan.missing) > 100
 
     @pytest.mark.parametrize("settings,words", [
         ({"generator": "no/such/folder"}, "no such folder"), ({"synthetic.prompts": "toy-smiling-mail"}, "toy-smiling-male"),

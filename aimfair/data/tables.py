@@ -64,13 +64,19 @@ def _celeba_split(root, ids: pd.Series) -> np.ndarray:
     return read_splits(part["split"], file)
 
 
+def _there(folder, names):
+    "Which of some names, a file in the folder has."
+    names = np.asarray(names, object)  # quick to go through
+    present = {os.path.join(f, name) for f in set(map(os.path.dirname, names)) if os.path.isdir(os.path.join(folder, f))
+               for name in os.listdir(os.path.join(folder, f))}
+    return np.array([name in present for name in names], bool)
+
+
 def on_disk(
     table: pd.DataFrame,  # face table
 ) -> pd.DataFrame:  # face table, possibly empty
     "The rows whose file is there."
-    folders = table["path"].map(os.path.dirname)
-    present = {os.path.join(f, name) for f in folders.unique() if os.path.isdir(f) for name in os.listdir(f)}
-    return table[table["path"].isin(present)].reset_index(drop=True)
+    return table[_there("", table["path"])].reset_index(drop=True)
 
 # %% ../../nbs/04_data/02_tables.ipynb #7682fee8
 def celeba_words(attribute: str) -> tuple[str, str]:
@@ -103,11 +109,12 @@ def celeba(
     folder = next((f for f in folders if f.is_dir()), folders[1])
     facts = {"file": str(file), "target": target, "protected": protected}
     names = Names(*(celeba_words(name) if name else None for name in (target, protected)), fixed=True)
-    table = face_table(ids, folder, labels[target], labels.get(protected), _celeba_split(root, ids), facts, names)
-    there = on_disk(table) if available_only else table
-    if not len(there):
-        raise DataError(f"{folder}: none of the {len(table)} listed images is there")
-    return there
+    labels["split"], listed = _celeba_split(root, ids), len(ids)
+    if available_only:
+        labels = labels[_there(folder, ids)]
+    if not len(labels):
+        raise DataError(f"{folder}: none of the {listed} listed images is there")
+    return face_table(labels.index, folder, labels[target], labels.get(protected), labels["split"], facts, names)
 
 # %% ../../nbs/04_data/02_tables.ipynb #581a9bf7
 def _utkface_fields(folder: Path) -> tuple[pd.DataFrame, list[str]]:

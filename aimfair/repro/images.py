@@ -7,8 +7,8 @@ __all__ = ['CELEBA_SPLITS', 'UTKFACE_IMAGES', 'FAIRFACE_SPLITS', 'TRAINING_SETS'
            'DrawUTKFace', 'DrawStudio', 'prompts_of', 'chosen_generator', 'weights_digest', 'generator_identity',
            'cached_pipeline', 'generator_folder', 'recommended', 'Synthesize', 'data_folder', 'split_in_order',
            'fingerprint', 'forget_files', 'Images', 'real_table', 'known_names', 'names_in', 'groups_in', 'majority_of',
-           'as_numbered', 'synthetic_table', 'shuffled', 'ImageSets', 'natural_sizes', 'biased_set_counts', 'set_sizes',
-           'check_pool', 'biased_synthetic', 'balanced_synthetic', 'about_synthetic']
+           'as_numbered', 'synthetic_table', 'shuffled', 'ImageSets', 'tables_on_disk', 'natural_sizes',
+           'biased_set_counts', 'set_sizes', 'check_pool', 'biased_synthetic', 'balanced_synthetic', 'about_synthetic']
 
 # %% ../../nbs/17_repro/03_images.ipynb #c9aa89cb
 import json
@@ -235,7 +235,7 @@ def fingerprint(table: pd.DataFrame) -> str:  # 16 hexadecimal digits
 
 def forget_files() -> None:
     "Look anew at folders, which may have changed."
-    for cached in (_read_table, _learnt, weights_digest, _images, _set_artifact, set_sizes, names_in):
+    for cached in (_read_table, _learnt, weights_digest, _images, tables_on_disk, _set_artifact, set_sizes, names_in):
         cached.cache_clear()
 
 # %% ../../nbs/17_repro/03_images.ipynb #108882e6
@@ -381,7 +381,7 @@ def synthetic_table(
         table = real_table(images, store)
         return table[(table.split == "train") & ~table.id.isin(real().id)].drop(columns="split").reset_index(drop=True)
     if s.kind == "celeba":
-        table = celeba(data_folder(s.root, "synthetic.root"), target=data.target, protected=data.protected, available_only=True)
+        table = _read_table("celeba", data_folder(s.root, "synthetic.root"), data.target, data.protected, data.seed)
         exclude = set(real().id) if data.kind == "celeba" else ()
         return table[~table.id.isin(exclude)].drop(columns="split").reset_index(drop=True)
     if s.kind == "groups":
@@ -445,6 +445,12 @@ class ImageSets:
         "train", "val", "test", "pool", "held out"))
 
 # %% ../../nbs/17_repro/03_images.ipynb #3f24549a
+@lru_cache(maxsize=16)
+def tables_on_disk(images: Images) -> ImageSets:
+    "The image sets of a protocol without a store: tables of images on disk, each made once."
+    return ImageSets(images)
+
+
 @lru_cache(maxsize=256)
 def _set_artifact(images, name):
     data, synthetic, makers = images.data, images.synthetic, tuple(job.artifact for job in images.makers(name))
@@ -456,7 +462,7 @@ def _set_artifact(images, name):
     about |= {"sample": images.sample} if drawn and images.sample is not None else {}
     if not makers:
         try:
-            about["fingerprint"] = fingerprint(ImageSets(images).table(name))
+            about["fingerprint"] = fingerprint(tables_on_disk(images).table(name))
         except (FileNotFoundError, ValueError) as error:
             about["absent"] = str(error)
     return Artifact("images", about, makers)
@@ -475,7 +481,7 @@ def natural_sizes(images: Images) -> dict[str, int]:  # {"val": ..., "test": ...
     if data.kind == "toy-utkface":
         return {"val": data.n_train // 10, "test": data.n_train // 5}
     try:
-        counts = ImageSets(images).real.split.value_counts()
+        counts = tables_on_disk(images).real.split.value_counts()
         return {name: int(counts.get(name, 0)) for name in ("val", "test")}
     except (FileNotFoundError, ValueError):
         official = CELEBA_SPLITS if data.layout == "celeba" else FAIRFACE_SPLITS

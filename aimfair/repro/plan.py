@@ -20,7 +20,7 @@ from ..core import cores, html_table, in_words, unknown
 from .catalogue import EXPERIMENTS, Case, Main, cases_of
 from .choices import Tuned
 from .costs import expected_seconds
-from .images import Images, ImageSets, check_pool, forget_files
+from .images import Images, check_pool, forget_files, tables_on_disk
 from .profiles import Profile, Protocol, load_profile, paper_seeds
 from .store import Job, Store, all_and_missing, open_store, reach, stored
 
@@ -29,7 +29,7 @@ def check_images(images: Images) -> None:
     """Raises `FileNotFoundError` or `ValueError` where a set cannot be had.
 
     What a biased set leaves of drawn images is known only when they are drawn."""
-    sets = ImageSets(images)
+    sets = tables_on_disk(images)
     if not images.real_makers:
         sets.table("train")
     if images.synthetic.kind != "rest" or not images.real_makers:
