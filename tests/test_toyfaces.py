@@ -224,7 +224,7 @@ def test_yaw_turns_the_head_to_the_side_it_names():
 
 
 def test_speed():
-    "At least 300 images a second on one thread; on a slow processor a fifth of what the default network learns from in that time."
+    "At least 300 images a second on one thread; on a slow processor an eighth of what the default network learns from in that time."
     before, factors, model = torch.get_num_threads(), sample_factors(192, seed=14), create_model("toy_resnet18")
     photos = torch.rand(192, 3, 48, 48).contiguous(memory_format=torch.channels_last)
 
@@ -236,11 +236,11 @@ def test_speed():
     torch.set_num_threads(1)
     try:
         draw(factors.iloc[:16])
-        drawing = min(seconds(lambda: draw(factors)) for _ in range(3))
-        learning = min(seconds(lambda: model(photos).sum().backward()) for _ in range(3))
+        times = [(seconds(lambda: draw(factors)), seconds(lambda: model(photos).sum().backward())) for _ in range(3)]
+        drawing, learning = map(min, zip(*times, strict=True))
     finally:
         torch.set_num_threads(before)
-    assert len(factors) / drawing >= min(300, len(photos) / learning / 5), (drawing, learning)
+    assert len(factors) / drawing >= min(300, len(photos) / learning / 8), (drawing, learning)
 
 
 # files

@@ -63,7 +63,7 @@ def _celeba_split(root, ids: pd.Series) -> np.ndarray:
         part = part.set_index("id").loc[ids].reset_index()
     return read_splits(part["split"], file)
 
-
+# %% ../../nbs/04_data/02_tables.ipynb #4a9627fd
 def _there(folder, names):
     "Which of some names, a file in the folder has."
     names = np.asarray(names, object)  # quick to go through
