@@ -224,7 +224,7 @@ def test_yaw_turns_the_head_to_the_side_it_names():
 
 
 def test_speed():
-    "At least 300 images a second on one thread; on a slow processor an eighth of what the default network learns from in that time."
+    "At least 300 images a second on one thread; on a slow processor a fifth of what the default network learns from in that time."
     before, factors, model = torch.get_num_threads(), sample_factors(192, seed=14), create_model("toy_resnet18")
     photos = torch.rand(192, 3, 48, 48).contiguous(memory_format=torch.channels_last)
 
@@ -237,10 +237,9 @@ def test_speed():
     try:
         draw(factors.iloc[:16])
         times = [(seconds(lambda: draw(factors)), seconds(lambda: model(photos).sum().backward())) for _ in range(3)]
-        drawing, learning = map(min, zip(*times, strict=True))
     finally:
         torch.set_num_threads(before)
-    assert len(factors) / drawing >= min(300, len(photos) / learning / 8), (drawing, learning)
+    assert any(len(factors) / drawing >= min(300, len(photos) / learning / 5) for drawing, learning in times), times  # of one moment each
 
 
 # files

@@ -109,12 +109,11 @@ def celeba(
     folder = next((f for f in folders if f.is_dir()), folders[1])
     facts = {"file": str(file), "target": target, "protected": protected}
     names = Names(*(celeba_words(name) if name else None for name in (target, protected)), fixed=True)
-    labels["split"] = _celeba_split(root, ids)
-    if available_only:
-        labels = labels[_there(folder, ids)]
+    there = _there(folder, ids) if available_only else slice(None)
+    labels, split = labels[there], _celeba_split(root, ids)[there]
     if not len(labels):
         raise DataError(f"{folder}: none of the {len(ids)} listed images is there")
-    return face_table(labels.index, folder, labels[target], labels.get(protected), labels["split"], facts, names)
+    return face_table(labels.index, folder, labels[target], labels.get(protected), split, facts, names)
 
 # %% ../../nbs/04_data/02_tables.ipynb #581a9bf7
 def _utkface_fields(folder: Path) -> tuple[pd.DataFrame, list[str]]:
