@@ -111,6 +111,17 @@ def test_constant_columns_and_unsorted_partition(tmp_path):
     assert table["target"].eq(1).all() and table["split"].tolist() == split.tolist()
 
 
+@pytest.mark.parametrize("style", ["text", "csv"])
+def test_an_attribute_called_split_keeps_its_labels(tmp_path, style):
+    values = labels(20, seed=3)
+    _, split = write_celeba(tmp_path, values, style=style)
+    file = next(tmp_path.glob("list_attr_celeba.*"))
+    file.write_text(file.read_text().replace(NAMES[1], "split"))
+    table = celeba(tmp_path, target="split", protected=NAMES[2])
+    assert table["target"].tolist() == values[:, 1].tolist() and table["protected"].tolist() == values[:, 2].tolist()
+    assert table["split"].tolist() == split.tolist()
+
+
 def test_celeba_official_folders(tmp_path):
     write_celeba(tmp_path / "x", labels(4))
     for folder_name, name in (("Anno", "list_attr_celeba.txt"), ("Eval", "list_eval_partition.txt")):
