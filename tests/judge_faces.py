@@ -58,9 +58,9 @@ class Enlarged(torch.nn.Module):
         return self.net(F.interpolate(x, (self.size, self.size), mode="bicubic", align_corners=False))
 
 
-def new_judge(size=96, weights=None):
-    "The network with the logits of all three questions, before it has learnt."
-    return Enlarged(create_model("timm/tf_efficientnet_lite0", weights=weights, n_outputs=18), size)
+def new_judge(size=96, weights=None, n_outputs=18):
+    "The network with the logits of all questions, before it has learnt."
+    return Enlarged(create_model("timm/tf_efficientnet_lite0", weights=weights, n_outputs=n_outputs), size)
 
 
 def train_judge(faces, frame, epochs=6, size=96, seed=11):
