@@ -589,9 +589,11 @@ def pixels(faces):
 def test_long_prompts_of_edits_are_told_in_one_line(pipeline, caplog):
     def at_length(target, protected): return spoken(target, protected) + ", in a photograph of the highest quality" * 20
 
-    with pytest.warns(UserWarning, match="4 of 4 prompts are longer than the [0-9]+ tokens") as caught:
-        edit_protected(portraits(), pipeline, at_length, steps=4, strength=0.6, progress=False)
-    assert len([w for w in caught if "longer" in str(w.message)]) == 1
+    short = {f"{t}_{p}": [spoken(t, p)] * 3 for t in (0, 1) for p in (0, 1)}
+    for prompts, of in ((at_length, "4 of 4"), (short | {"1_1": [at_length(1, 1)] * 2}, "2 of 11")):
+        with pytest.warns(UserWarning, match=of + " prompts are longer than the [0-9]+ tokens") as caught:
+            edit_protected(portraits(), pipeline, prompts, steps=4, strength=0.6, progress=False)
+        assert len([w for w in caught if "longer" in str(w.message)]) == 1
     assert "truncated" not in caplog.text  # as the pipeline would say of every batch
 
 

@@ -3,12 +3,14 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import psutil
 import pytest
 
 from aimfair.forks import FORKS, Forks
+from aimfair.repro.scheduler import Processes
 
 KERNEL = """
 import asyncio, time
@@ -57,3 +59,39 @@ def test_a_kernel_ends_with_who_started_it_and_is_deaf_to_its_terminal():
         assert not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE
     finally:
         starter.kill()
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_what_workers_warn_of_is_said_once_and_as_the_parent_says_it(at_once):
+    two = Processes(2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        asked = [two.pool.submit(warnings.warn, "3 images are left out", FutureWarning) for _ in range(8)]
+        asked += [two.pool.submit(warnings.warn, "3 images are left out", UserWarning), two.pool.submit(warnings.warn, "z" * 9999)]
+        for future in asked:
+            future.result(timeout=100)
+        two.close(at_once)
+    said = sorted((w.category.__name__, str(w.message)) for w in caught)
+    assert said == [("FutureWarning", "3 images are left out"), ("UserWarning", "3 images are left out"), ("UserWarning", "z" * 1000)]
+
+
+BAR = """
+from pathlib import Path
+import nbformat
+from aimfair.repro.kernels import own_kernel
+from aimfair.repro.notebooks import execute
+
+cells = [nbformat.v4.new_code_cell("n = 1", metadata={"tags": ["parameters"]}),
+         nbformat.v4.new_code_cell("from tqdm.auto import tqdm; print(sum(tqdm(range(n))))")]
+spec = {"name": "python3", "display_name": "", "language": "python"}
+nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": spec}), "a.ipynb")
+if __name__ == "__main__":
+    with own_kernel() as kernel:
+        print(execute(Path("a.ipynb"), Path("b.ipynb"), {"n": 4}, kernel))
+    print([output.text for cell in nbformat.read("b.ipynb", 4).cells for output in cell.outputs if output.get("name") == "stdout"])
+"""
+
+
+def test_a_notebook_with_a_progress_bar_leaves_nothing_behind(tmp_path):
+    ran = subprocess.run([sys.executable, "-c", BAR], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.stdout == "None\n['6\\n']\n" and "leaked" not in ran.stderr, (ran.stdout, ran.stderr)

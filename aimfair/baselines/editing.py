@@ -131,7 +131,7 @@ def edit_protected(
     editor.set_progress_bar_config(disable=True)
     side = size or editor.unet.config.sample_size * editor.vae_scale_factor
     images = np.empty((len(plan), 3, *faces.size), np.uint8)
-    warn_long(pipeline, list(dict.fromkeys(plan.prompt)))
+    warn_long(pipeline, list(plan.prompt.unique()) if callable(prompts) else [text for texts in prompts.values() for text in texts])
     with quiet(), torch.inference_mode(), progress_bar(total=len(plan), desc="editing", disable=not progress) as bar:
         for rows in (same.iloc[i:i + batch_size] for _, same in plan.groupby("steps") for i in range(0, len(same), batch_size)):
             x = _resized(faces.gather(rows.row.to_numpy()).float() / 255, (side, side))

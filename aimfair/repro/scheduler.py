@@ -8,6 +8,7 @@ __all__ = ['needs_among', 'urgency', 'run_job', 'Executor', 'InProcess', 'Proces
 # %% ../../nbs/17_repro/07_scheduler.ipynb #50fad549
 import heapq
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -19,7 +20,7 @@ import torch
 
 from ..baselines import BASELINES
 from ..device import give_memory_back, reused_memory
-from ..forks import Forks, start_worker
+from ..forks import Forks, show_warnings, start_worker
 from .store import Job, open_store
 
 # %% ../../nbs/17_repro/07_scheduler.ipynb #f775ab25
@@ -94,8 +95,11 @@ class Processes(Executor):
     def __init__(self, workers: int):
         context = Forks()
         theirs, self.held_open = context.Pipe(duplex=False)
+        told, self.telling = context.Pipe(duplex=False)
         self.workers, self.slots = workers, 2 * workers
-        self.pool = ProcessPoolExecutor(workers, context, start_worker, (theirs, dict(os.environ)))
+        self.pool = ProcessPoolExecutor(workers, context, start_worker, (theirs, dict(os.environ), self.telling))
+        self.shown = threading.Thread(target=show_warnings, args=(told,), daemon=True)
+        self.shown.start()
 
     def submit(self, job, root):
         return self.pool.submit(run_job, job, root)
@@ -105,6 +109,8 @@ class Processes(Executor):
             self.held_open.close()
         self.pool.shutdown(wait=True, cancel_futures=at_once)
         self.held_open.close()
+        self.telling.close()
+        self.shown.join(5)  # all are gone, but for what a worker may have started
 
 # %% ../../nbs/17_repro/07_scheduler.ipynb #227d861e
 def of_the_script(
