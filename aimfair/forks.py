@@ -89,8 +89,9 @@ def settle(environment: Mapping[str, str]) -> None:
 def tell_warnings(to) -> None:  # the end of a pipe that others may write into, too
     "From now on warnings of this process go through a pipe, each as category, text, file and line."
     def show(message, category, filename, lineno, file=None, line=None):
+        named = getattr(sys.modules.get(category.__module__), category.__qualname__, None)
         with suppress(OSError):  # nobody listens any longer
-            to.send((category, str(message)[:1000], filename[-500:], lineno))
+            to.send((category if named is category else UserWarning, str(message)[:600], filename[-200:], lineno))
 
     warnings.showwarning = show
 
@@ -98,9 +99,13 @@ def tell_warnings(to) -> None:  # the end of a pipe that others may write into, 
 def show_warnings(of) -> None:  # the other end of the pipe
     "Show warnings that arrive, the same text once, until no process has the pipe open that could send one."
     said = set()
-    with suppress(EOFError):
-        while True:
-            category, text, *place = of.recv()
+    while True:
+        try:
+            arrived = of.recv()
+        except (EOFError, OSError):
+            return
+        with suppress(Exception):  # such as a closed terminal; if nobody read on, who writes would wait for ever
+            category, text, *place = arrived
             if (category, text) not in said:
                 said.add((category, text))
                 warnings.showwarning(text, category, *place)

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from aimfair.forks import FORKS, Forks
+from aimfair.forks import FORKS, Forks, show_warnings, tell_warnings
 from aimfair.repro.scheduler import Processes
 
 KERNEL = """
@@ -72,7 +72,23 @@ def test_what_workers_warn_of_is_said_once_and_as_the_parent_says_it(at_once):
             future.result(timeout=100)
         two.close(at_once)
     said = sorted((w.category.__name__, str(w.message)) for w in caught)
-    assert said == [("FutureWarning", "3 images are left out"), ("UserWarning", "3 images are left out"), ("UserWarning", "z" * 1000)]
+    assert said == [("FutureWarning", "3 images are left out"), ("UserWarning", "3 images are left out"), ("UserWarning", "z" * 600)]
+
+
+def test_no_warning_stops_who_gives_it_or_who_shows_it():
+    class Unknown(UserWarning):
+        "Of no module, so that it cannot be sent as it is."
+
+    of, to = Forks().Pipe(duplex=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        tell_warnings(to)
+        to.send("no warning")  # cannot be taken apart
+        warnings.warn("of an unknown kind", Unknown, stacklevel=1)
+    to.close()
+    with warnings.catch_warnings(record=True) as caught:
+        show_warnings(of)
+    assert [(w.category, str(w.message)) for w in caught] == [(UserWarning, "of an unknown kind")]
 
 
 BAR = """
