@@ -4,22 +4,19 @@
 generator draw every combination of the three, and writes how many faces are as asked, group by group, and how near they come to the
 photos in the folder LEARNT that it has learnt from.
 """
-import argparse
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from judge import NAMES, PHRASES, draw
-from judge_faces import memorised, new_judge
+from judge_faces import memorised, questions, report, teach
 from torch.nn import functional as F
 
-from aimfair.core import write_whole
 from aimfair.data import Faces, celeba, celeba_attributes, load_faces
 from aimfair.synthesis import load_generator
 from aimfair.t2i import learnt_from
-from aimfair.training import TrainConfig, fit, predict_logits
+from aimfair.training import predict_logits
 
 
 def load(rows, root, cache=None, size=64):
@@ -36,15 +33,10 @@ def photos(root, seen, cache=None):
     return load(table[~fifth], root, cache), load(table[fifth], root, cache)
 
 
-def train_judge(faces, labels, epochs=4, seed=11):
-    "One network with three logits; it sees the images enlarged."
+def train_judge(faces, labels, epochs=4):
+    "One network with three logits."
     wanted = torch.tensor(labels, dtype=torch.float32)
-    config = TrainConfig(epochs=epochs, batch_size=64, optimizer="adamw", lr=1e-3, schedule="cosine", warmup=0.05, scale=(0.7, 1.0))
-
-    def three_questions(logits, _, rows):
-        return F.binary_cross_entropy_with_logits(logits, wanted[rows])
-    judge = new_judge(weights="imagenet-lite0", n_outputs=len(NAMES))
-    return fit(judge, faces, None, config=config, loss_fn=three_questions, seed=seed, device="cpu", progress=False).model
+    return teach(faces, lambda logits, rows: F.binary_cross_entropy_with_logits(logits, wanted[rows]), epochs, n_outputs=len(NAMES))
 
 
 def asked(per_cell):
@@ -62,14 +54,8 @@ def percent_right(logits, labels):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("root")
-    parser.add_argument("generator")
+    parser = questions(__doc__, per_cell=40, epochs=4, out="runs/judge-celeba")
     parser.add_argument("learnt")
-    parser.add_argument("--per-cell", type=int, default=40)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--cache", help="folder of decoded photos")
-    parser.add_argument("--out", default="runs/judge-celeba")
     options = parser.parse_args()
     pipe = load_generator(options.generator, device="cpu")
     seen, table = learnt_from(pipe.config._name_or_path), celeba(options.learnt, available_only=True)
@@ -77,17 +63,11 @@ def main():
     judge = train_judge(*train, epochs=options.epochs)
     texts, wanted = asked(options.per_cell)
     drawn = draw(pipe, texts)
-    columns = {"photos": (test, annotated), "drawn": (Faces.from_arrays(drawn, np.zeros(len(drawn))), wanted)}
-    result = pd.concat({name: percent_right(predict_logits(judge, faces, device="cpu"), labels)
-                        for name, (faces, labels) in columns.items()}, axis=1).round(1)
+    looked_at = {"photos": (test, annotated), "drawn": (Faces.from_arrays(drawn, np.zeros(len(drawn))), wanted)}
+    columns = {name: percent_right(predict_logits(judge, faces, device="cpu"), labels) for name, (faces, labels) in looked_at.items()}
     learnt, _ = load(table[table["id"].isin(set(seen))], options.learnt, options.cache)
     near = memorised(drawn, *(faces.gather(slice(None)).numpy() for faces in (learnt, test)))
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    result.to_csv(out / "judge.csv")
-    write_whole(out / "memory.json", near)
-    np.save(out / "drawn.npy", drawn)
-    print(result.to_string(), near, sep="\n")
+    report(options.out, columns, near, drawn)
 
 
 if __name__ == "__main__":

@@ -63,15 +63,22 @@ def new_judge(size=96, weights=None, n_outputs=18):
     return Enlarged(create_model("timm/tf_efficientnet_lite0", weights=weights, n_outputs=n_outputs), size)
 
 
-def train_judge(faces, frame, epochs=6, size=96, seed=11):
-    "One network with the logits of all three questions; it sees the images enlarged."
-    wanted, judge = torch.from_numpy(codes(frame)), new_judge(size, "imagenet-lite0")
+def teach(faces, loss, epochs, size=96, n_outputs=18):
+    "A new judge, taught by a loss of its logits and the numbers of the faces; it sees the images enlarged."
+    judge = new_judge(size, "imagenet-lite0", n_outputs)
     config = TrainConfig(epochs=epochs, batch_size=64, optimizer="adamw", lr=1e-3, schedule="cosine", warmup=0.05, scale=(0.7, 1.0))
+    return fit(judge, faces, None, config=config, loss_fn=lambda logits, _, rows: loss(logits, rows), seed=11, device="cpu",
+               progress=False).model
 
-    def three_questions(logits, _, rows):
+
+def train_judge(faces, frame, epochs=6, size=96):
+    "One network with the logits of all three questions."
+    wanted = torch.from_numpy(codes(frame))
+
+    def three_questions(logits, rows):
         asked = wanted[rows]
         return sum(F.cross_entropy(logits[:, part], asked[:, i], label_smoothing=0.05) for i, (_, part) in enumerate(TASKS.values()))
-    return fit(judge, faces, None, config=config, loss_fn=three_questions, seed=seed, device="cpu", progress=False).model
+    return teach(faces, three_questions, epochs, size)
 
 
 def answers(judge, images):
@@ -128,15 +135,32 @@ def variety(images, frame, space="efficientnet-lite0", most=8):
     return float(np.mean([pairwise_distance(seen[rows[:most]]) for rows in cells if len(rows) > 1]))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+def questions(about, **defaults):
+    "What every judge of photos is asked on the command line."
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("root")
     parser.add_argument("generator")
-    parser.add_argument("--per-cell", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--judge", help="file that keeps the judge")
+    parser.add_argument("--per-cell", type=int)
+    parser.add_argument("--epochs", type=int)
     parser.add_argument("--cache", help="folder of decoded photos")
-    parser.add_argument("--out", default="figures/faces")
+    parser.add_argument("--out")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def report(out, columns, near, drawn):
+    "Write and print what is right of photos and drawn images, and how near these come to what was learnt from."
+    out, result = Path(out), pd.concat(columns, axis=1).round(1)
+    out.mkdir(parents=True, exist_ok=True)
+    result.to_csv(out / "judge.csv")
+    write_whole(out / "memory.json", near)
+    np.save(out / "drawn.npy", drawn)
+    print(result.to_string(), near, sep="\n")
+
+
+def main():
+    parser = questions(__doc__, per_cell=8, epochs=6, out="figures/faces")
+    parser.add_argument("--judge", help="file that keeps the judge")
     options = parser.parse_args()
     name, *given = options.generator.split(":")
     settings = {key: kind(value) for (key, kind), value in zip((("steps", int), ("guidance_scale", float)), given, strict=False)}
@@ -161,13 +185,7 @@ def main():
     photographed = test.gather(slice(None)).numpy()
     near = memorised(drawn, learnt.gather(slice(None)).numpy(), photographed)
     near |= {"variety drawn": variety(drawn, wanted), "variety photos": variety(photographed, annotated)}
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    result = pd.concat(columns, axis=1).round(1)
-    result.to_csv(out / "judge.csv")
-    write_whole(out / "memory.json", near)
-    np.save(out / "drawn.npy", drawn)
-    print(result.to_string(), near, sep="\n")
+    report(options.out, columns, near, drawn)
 
 
 if __name__ == "__main__":
