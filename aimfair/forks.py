@@ -10,6 +10,7 @@ __all__ = ['FORKS', 'PRELOADED', 'prepare', 'Forks', 'settle', 'tell_warnings', 
 import gc
 import multiprocessing.context as contexts
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -101,11 +102,11 @@ def show_warnings(of) -> None:  # the other end of the pipe
     said = set()
     while True:
         try:
-            arrived = of.recv()
+            arrived = of.recv_bytes()
         except (EOFError, OSError):
             return
         with suppress(Exception):  # such as a closed terminal; if nobody read on, who writes would wait for ever
-            category, text, *place = arrived
+            category, text, *place = pickle.loads(arrived)
             if (category, text) not in said:
                 said.add((category, text))
                 warnings.showwarning(text, category, *place)

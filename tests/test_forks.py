@@ -84,6 +84,7 @@ def test_no_warning_stops_who_gives_it_or_who_shows_it():
         warnings.simplefilter("always")
         tell_warnings(to)
         to.send("no warning")  # cannot be taken apart
+        to.send_bytes(b"not even an object")
         warnings.warn("of an unknown kind", Unknown, stacklevel=1)
     to.close()
     with warnings.catch_warnings(record=True) as caught:
