@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, t
 from test_experiments import MANY, RACES, as_fairface
 
 from aimfair.experiments import reproduce
-from aimfair.report import World, group_intervals, group_runs, photo_differences, photo_folders, rank_agreement, write_worlds
+from aimfair.report import World, group_intervals, group_runs, mean_difference, photo_differences, photo_folders, rank_agreement, write_worlds
 from aimfair.report.worlds import resampled
 
 
@@ -105,6 +105,27 @@ class TestGroups:
     def test_a_group_without_test_images_is_left_out(self):
         scores = pd.DataFrame({"0_0": [90.0], "0_1": [np.nan]}, pd.MultiIndex.from_tuples([("ERM", 1)], names=["method", "seed"]))
         assert group_runs(scores, {"0_0": 10}).group.tolist() == ["0_0"]
+
+
+def test_the_mean_of_differences_holds_the_true_mean_as_often_as_each_interval():
+    "A thousand worlds of three data sets, each with five seeds of another spread and its own t interval."
+    rng, true, held = np.random.default_rng(1), np.array([2.0, -1.0, 6.0]), 0
+    reach = t.ppf(0.975, 4) / np.sqrt(5)
+    for _ in range(1000):
+        runs = true + rng.normal(size=(5, 3)) * [1.0, 4.0, 2.0]
+        mean, half = runs.mean(0), reach * runs.std(0, ddof=1)
+        row = mean_difference(pd.DataFrame({"difference": mean, "low": mean - half, "high": mean + half}))
+        held += row.low <= true.mean() <= row.high
+    assert 0.94 < held / 1000 < 0.995
+
+
+@given(st.lists(st.tuples(st.floats(-50, 50), st.floats(0.1, 20)), min_size=1, max_size=5))
+def test_known_deviations_give_the_interval_of_a_mean(found):
+    "Where the deviation of each difference is known, the interval is the textbook's for a mean of independent values."
+    value, error = np.array(found).T
+    row = mean_difference(pd.DataFrame({"difference": value, "low": value - 1.96 * error, "high": value + 1.96 * error}))
+    half = 1.96 * np.sqrt((error**2).sum()) / len(found)
+    assert (row.difference, row.low, row.high) == pytest.approx((value.mean(), value.mean() - half, value.mean() + half))
 
 
 def test_the_claims_that_are_quoted_are_those_of_the_notebook(repository, tmp_path):

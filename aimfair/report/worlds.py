@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEW_METHODS', 'BEFORE', 'AFTER', 'PHOTOS', 'World', 'resampled', 'rank_agreement', 'group_runs', 'group_intervals',
-           'plot_before_after', 'photo_differences', 'photo_folders', 'write_worlds']
+           'plot_before_after', 'mean_difference', 'photo_differences', 'photo_folders', 'write_worlds']
 
 # %% ../../nbs/16_report/09_worlds.ipynb #d9b22a68
 from collections.abc import Iterable, Mapping
@@ -190,6 +190,15 @@ def plot_before_after(
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, handletextpad=0.2)
     return figure
 
+# %% ../../nbs/16_report/09_worlds.ipynb #6d1f0b52
+def mean_difference(
+    differences: pd.DataFrame,  # independent ones, a row each: difference, low, high
+) -> pd.Series:  # difference, low, high
+    "The mean of differences that count the same, with its interval at the level of theirs. Source: Zou and Donner (2008)."
+    mean = differences["difference"].mean()
+    down, up = (np.linalg.norm(differences[end] - differences["difference"]) / len(differences) for end in ("low", "high"))
+    return pd.Series({"difference": mean, "low": mean - down, "high": mean + up})
+
 # %% ../../nbs/16_report/09_worlds.ipynb #e7ca9652
 _CLAIMS = {  # the rows of the table of claims that compare with a rival
     "ERM": {"ACC": "accuracy at most 1 point below ERM's", "WST": "worst group at least 8 points above ERM's",
@@ -199,19 +208,25 @@ _CLAIMS = {  # the rows of the table of claims that compare with a rival
 _HEADINGS = {"ACC": "accuracy ↑", "WST": "worst group ↑", "EO": "equalized odds ↓"}
 
 
+def _in_text(claims):
+    "Differences of a row in words, a column a score."
+    return {heading: f"{signed(c.difference, 1)} [{signed(c.low, 1)}, {signed(c.high, 1)}]" if (c := claims.get(score)) is not None else "–"
+            for score, heading in _HEADINGS.items()}
+
+
 def photo_differences(
     folders: Mapping[str, Path],  # {data set: folder with finetuning_strategies-claims.csv}; those without are left out
 ) -> pd.DataFrame:  # indexed "AIM-Fair less": a row a data set and rival; differences in points with their intervals, as text
-    "AIM-Fair less ERM and less full fine-tuning, on every data set."
-    rows = {}
-    for title, folder in folders.items():
-        if (file := folder / "finetuning_strategies-claims.csv").is_file():
-            claims = pd.read_csv(file, index_col="Claim")
-            for rival, named in _CLAIMS.items():
-                found = {score: claims.loc[claim] for score, claim in named.items() if claim in claims.index}
-                rows[f"{title}: {rival}"] = {
-                    heading: f"{signed(c.difference, 1)} [{signed(c.low, 1)}, {signed(c.high, 1)}]" if (c := found.get(score)) is not None
-                    else "–" for score, heading in _HEADINGS.items()}
+    "AIM-Fair less ERM and less full fine-tuning, on every data set and, where there are several, on average over them."
+    files = {title: file for title, folder in folders.items() if (file := folder / "finetuning_strategies-claims.csv").is_file()}
+    claims = {title: pd.read_csv(file, index_col="Claim") for title, file in files.items()}
+    found = {(title, rival): {score: table.loc[claim] for score, claim in named.items() if claim in table.index}
+             for title, table in claims.items() for rival, named in _CLAIMS.items()}
+    rows = {f"{title}: {rival}": _in_text(row) for (title, rival), row in found.items()}
+    for rival, named in _CLAIMS.items() if len(claims) > 1 else ():
+        by_score = {score: [row[score] for (_, other), row in found.items() if other == rival and score in row] for score in named}
+        rows[f"Mean of {len(claims)}: {rival}"] = _in_text({s: mean_difference(pd.DataFrame(there)) for s, there in by_score.items()
+                                                           if len(there) == len(claims)})
     return pd.DataFrame.from_dict(rows, orient="index", columns=[*_HEADINGS.values()]).rename_axis("AIM-Fair less")
 
 # %% ../../nbs/16_report/09_worlds.ipynb #851aba85
@@ -248,6 +263,7 @@ _BEFORE_AFTER = ("Accuracy of every group of photos, before (ERM, the biased cla
                  "fine-tuned on synthetic images). Labels are a data set's annotations, not who a person is.")
 _DIFFERENCES = ("Points that AIM-Fair has more (+) or less (−) than the biased classifier and than full fine-tuning on the same synthetic "
                 "images, with 95 % intervals over seeds and test images. The table of claims in the folder of each says on what it rests.")
+_MEANS = " In the mean every data set counts the same."
 _WORLDS = "How far can the drawn world be trusted about photos? Its order of methods, beside theirs:"
 
 
@@ -276,7 +292,7 @@ def write_worlds(
         named = " and ".join(", ".join(groups).rsplit(", ", 1))
         parts += [f"![Accuracy of every group before and after, on {named}](../figures/photos-groups.png)", _BEFORE_AFTER]
     if len(told := photo_differences(folders)):
-        table = PlainTable(told, caption="AIM-Fair on photos", note=_DIFFERENCES)
+        table = PlainTable(told, caption="AIM-Fair on photos", note=_DIFFERENCES + _MEANS * told.index[-1].startswith("Mean of "))
         files, parts = files + table.write(figures / "photos-differences"), [*parts, _body(table)]
         parts += ["\n".join(filter(None, (_rests_on(title, folder) for title, folder in folders.items())))]
     if table := _agreement_table(figures, folders):
