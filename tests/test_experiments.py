@@ -449,13 +449,13 @@ class TestPlan:
     def test_counts_by_hand(self, tmp_path):
         plan, left_out = make_plan("toy", seeds=1, settings={"run.tune": False, "selection.gaps": "[1]", "selection.sizes": None},
                                   store=tmp_path)
-        assert not left_out and len(plan.cases) == 13 and list(tmp_path.iterdir()) == []
+        assert not left_out and len(plan.cases) == 14 and list(tmp_path.iterdir()) == []
         # comparison: 13 rows and the start of AIM-Fair, the paper's 8 and a start x 2; less data: 9 x 3 more; UTKFace 9; strategies 5
         # more; partial 15; styles 6 (per_group 500 at all three); k 5 more; bias 3 more; ratio 2 more (1 : 4 is 250 a group, 1 : 2 500);
         # selection: 8 ways on 250, 500 and 1,000 a group, of which AIM-Fair is there each time, full fine-tuning on 500, and four others on
-        # 1,000
-        assert n_models(plan.jobs.values()) == (14 + 9 * 2) + 9 * 3 + 9 + 5 + 15 + 6 + 5 + 3 + 2 + (7 + 6 + 3)
-        assert n_rows(plan) == 8 + (13 + 8 * 2) + 8 * 4 + 8 + 18 + 7 + 10 + 5 + 4 + 2 + 18 + 9 * 3
+        # 1,000; another start and two ways to go on from it
+        assert n_models(plan.jobs.values()) == (14 + 9 * 2) + 9 * 3 + 9 + 5 + 15 + 6 + 5 + 3 + 2 + (7 + 6 + 3) + 3
+        assert n_rows(plan) == 8 + (13 + 8 * 2) + 8 * 4 + 8 + 18 + 7 + 10 + 5 + 4 + 2 + 18 + 9 * 3 + 7
 
     def test_a_search_adds_its_candidates_once(self, tmp_path):
         once, other = ({"run.tune": tune} for tune in (True, False))
@@ -818,7 +818,7 @@ def test_kill_nine_at_five_random_moments_changes_no_byte(tmp_path):
     process = _reproduce(broken)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert _tables(broken) == _tables(whole) and len(_tables(whole)) == 13
+    assert _tables(broken) == _tables(whole) and len(_tables(whole)) == 14
 
 
 @pytest.mark.slow
@@ -943,7 +943,7 @@ def test_two_at_once_on_one_store_both_end_right(tmp_path):
     both = [_reproduce(tmp_path), _reproduce(tmp_path, "--out", second / "out")]
     errors = [p.communicate()[1] for p in both]
     assert [p.returncode for p in both] == [0, 0], errors
-    assert _tables(tmp_path) == _tables(second) and len(_tables(second)) == 13
+    assert _tables(tmp_path) == _tables(second) and len(_tables(second)) == 14
     assert not list(tmp_path.glob("runs/*/*.partial"))
 
 

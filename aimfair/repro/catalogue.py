@@ -321,6 +321,13 @@ def _partial(p):
     return rows(["ERM", *_BY_LOT, *parts, *_RANKED, "Full fine-tuning", "AIM-Fair"])
 
 
+def _two_starts(p):
+    start = ["ERM, start"] if p.budget != p.train else []
+    quick = {"train.lr": _times_three(p.train.lr)}
+    return rows(["ERM", *start, "Full fine-tuning", "AIM-Fair"]) + [
+        Case(f"{name} (rate × 3)", name, settings=quick) for name in ("ERM, start", "Full fine-tuning", "AIM-Fair")]
+
+
 def _when_selection_pays(p):
     gaps = p.selection.gaps if p.data.kind.startswith("toy") else (1.0,)  # real photos have the gap they have
     sizes = p.selection.sizes or tuple(max(1, round(share * p.synthetic.per_group)) for share in (1 / 4, 1 / 2, 1))
@@ -376,6 +383,7 @@ EXPERIMENTS = {
     "utkface_comparison": Experiment("Comparison on UTKFace", _utkface_comparison, _no_utkface),
     "partial_finetuning": Experiment("Partial fine-tuning", _partial),
     "when_selection_pays": Experiment("When selection pays", _when_selection_pays),
+    "two_starts": Experiment("Two starts", _two_starts),
     "prompt_strategies": Experiment("Prompt strategies", _prompt_strategies, _no_styles),
     "ablation_top_k": Experiment("Effect of k", _top_k),
     "ablation_bias_ratio": Experiment("Effect of the bias of D_S1", _bias_ratio),
