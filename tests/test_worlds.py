@@ -17,7 +17,16 @@ from scipy.stats import spearmanr, t
 from test_experiments import MANY, RACES, as_fairface
 
 from aimfair.experiments import reproduce
-from aimfair.report import World, group_intervals, group_runs, mean_difference, photo_differences, photo_folders, rank_agreement, write_worlds
+from aimfair.report import (
+    World,
+    group_intervals,
+    group_runs,
+    mean_difference,
+    photo_differences,
+    photo_folders,
+    rank_agreement,
+    write_worlds,
+)
 from aimfair.report.worlds import resampled
 
 
