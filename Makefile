@@ -29,7 +29,7 @@ endif
 help:
 	@echo 'make reproduce  set up, then regenerate all tables and figures, one seed (ARGS="--profile celeba64 --only tradeoff")'
 	@echo 'make figures    the same with five seeds, ten for claims, into figures/ (hours)'
-	@echo 'make photos     the same of photos, five seeds, into figures/PROFILE (PROFILE=fairface64; hours)'
+	@echo 'make photos     the same of photos, into figures/PROFILE (PROFILE=fairface64; hours)'
 	@echo 'make worlds     what the results of photos in figures/ say beside those of the drawn world'
 	@echo 'make test       set up, then run the notebooks and the fast tests (AIMFAIR_SLOW=1: the slow ones too)'
 	@echo 'make bench      time every stage on one core, and say what became slower'
@@ -78,8 +78,12 @@ endif
 
 # photos are read from AIMFAIR_DATA, or from where --set data.root=FOLDER says; no photo is in what is written
 PROFILE ?= fairface64
+OF_PHOTOS := --shareable --out figures/$(PROFILE)
 photos: $(STAMP)
-	$(BIN)/aimfair reproduce --profile $(PROFILE) --seeds 5 --shareable --out figures/$(PROFILE) $(ARGS)
+	$(BIN)/aimfair reproduce --profile $(PROFILE) --seeds 5 $(OF_PHOTOS) $(ARGS)
+ifeq "$(findstring --only,$(ARGS))" ""
+	$(BIN)/aimfair reproduce --profile $(PROFILE) --seeds 10 --only two_starts $(OF_PHOTOS) $(ARGS)
+endif
 
 # from the folders of results alone: figures/ and those of photos in it, such as figures/celeba64
 worlds: $(STAMP)
