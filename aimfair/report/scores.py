@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HIGHER_IS_BETTER', 'SCORES', 'SCORE_WORDS', 'AGGREGATIONS', 'per_seed', 'group_columns', 'group_images',
            'group_titles', 'counted', 'few_note', 'summarize', 'holm', 'compare', 'PairedRuns', 'visible_difference',
-           'images_needed', 'signed', 'sentence', 'best_sentence', 'span_sentence', 'Claim', 'check_claims',
-           'distinct_best']
+           'images_needed', 'signed', 'signed_interval', 'sentence', 'best_sentence', 'span_sentence', 'Claim',
+           'check_claims', 'distinct_best']
 
 # %% ../../nbs/16_report/01_scores.ipynb #b20c351d
 from collections.abc import Iterable, Mapping
@@ -283,6 +283,14 @@ def signed(
     "A number with its sign, and no minus before a rounded zero."
     text = f"{value:+.{digits}f}"
     return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
+
+
+def signed_interval(
+    row: pd.Series,  # difference, low, high
+    digits: int = 1,  # decimals shown
+) -> str:  # "+1.2 [−0.3, +2.7]"
+    "A difference with its interval, each with its sign."
+    return f"{signed(row['difference'], digits)} [{signed(row['low'], digits)}, {signed(row['high'], digits)}]"
 
 
 def sentence(

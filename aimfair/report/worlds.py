@@ -19,7 +19,7 @@ from ..core import shown_figure, user_path, write_whole
 from ..groups import Names
 from ..metrics import FEW
 from .drawing import COLOURS, house_style, write_figure
-from .scores import group_columns, group_titles, signed
+from .scores import group_columns, group_titles, signed_interval
 from .tables import PlainTable
 
 # %% ../../nbs/16_report/09_worlds.ipynb #18b90ebc
@@ -210,8 +210,7 @@ _HEADINGS = {"ACC": "accuracy ↑", "WST": "worst group ↑", "EO": "equalized o
 
 def _in_text(claims):
     "Differences of a row in words, a column a score."
-    return {heading: f"{signed(c.difference, 1)} [{signed(c.low, 1)}, {signed(c.high, 1)}]" if (c := claims.get(score)) is not None else "–"
-            for score, heading in _HEADINGS.items()}
+    return {heading: signed_interval(claims[score]) if score in claims else "–" for score, heading in _HEADINGS.items()}
 
 
 def photo_differences(
@@ -220,13 +219,14 @@ def photo_differences(
     "AIM-Fair less ERM and less full fine-tuning, on every data set and, where there are several, on average over them."
     files = {title: file for title, folder in folders.items() if (file := folder / "finetuning_strategies-claims.csv").is_file()}
     claims = {title: pd.read_csv(file, index_col="Claim") for title, file in files.items()}
-    found = {(title, rival): {score: table.loc[claim] for score, claim in named.items() if claim in table.index}
-             for title, table in claims.items() for rival, named in _CLAIMS.items()}
-    rows = {f"{title}: {rival}": _in_text(row) for (title, rival), row in found.items()}
-    for rival, named in _CLAIMS.items() if len(claims) > 1 else ():
-        by_score = {score: [row[score] for (_, other), row in found.items() if other == rival and score in row] for score in named}
-        rows[f"Mean of {len(claims)}: {rival}"] = _in_text({s: mean_difference(pd.DataFrame(there)) for s, there in by_score.items()
-                                                           if len(there) == len(claims)})
+    found = {rival: {title: {score: table.loc[claim] for score, claim in named.items() if claim in table.index}
+                     for title, table in claims.items()} for rival, named in _CLAIMS.items()}
+    rows = {f"{title}: {rival}": _in_text(found[rival][title]) for title in claims for rival in found}
+    if len(claims) > 1:
+        for rival, sets in found.items():
+            common = [score for score in _HEADINGS if all(score in row for row in sets.values())]
+            means = {score: mean_difference(pd.DataFrame([row[score] for row in sets.values()])) for score in common}
+            rows[f"Mean of {len(claims)}: {rival}"] = _in_text(means)
     return pd.DataFrame.from_dict(rows, orient="index", columns=[*_HEADINGS.values()]).rename_axis("AIM-Fair less")
 
 # %% ../../nbs/16_report/09_worlds.ipynb #851aba85

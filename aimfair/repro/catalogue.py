@@ -311,9 +311,13 @@ SELECTION = ("ERM, start", "AIM-Fair", "Full fine-tuning", "Linear probing", _RA
              "Full, real images mixed in", "Channels")
 
 
+def _start(p):
+    "What fine-tuning goes on from, where that is another model than ERM's."
+    return ["ERM, start"] if p.budget != p.train else []
+
+
 def _strategies(p):
-    start = ["ERM, start"] if p.budget != p.train else []
-    return rows([*STRATEGIES[:1], *start, *STRATEGIES[1:]]) + by_other_rules(p, STRATEGIES)
+    return rows([*STRATEGIES[:1], *_start(p), *STRATEGIES[1:]]) + by_other_rules(p, STRATEGIES)
 
 
 def _partial(p):
@@ -322,9 +326,8 @@ def _partial(p):
 
 
 def _two_starts(p):
-    start = ["ERM, start"] if p.budget != p.train else []
     quick = {"train.lr": _times_three(p.train.lr)}
-    return rows(["ERM", *start, "Full fine-tuning", "AIM-Fair"]) + [
+    return rows(["ERM", *_start(p), "Full fine-tuning", "AIM-Fair"]) + [
         Case(f"{name} (rate × 3)", name, settings=quick) for name in ("ERM, start", "Full fine-tuning", "AIM-Fair")]
 
 
@@ -359,8 +362,7 @@ def _no_styles(p):
 
 
 def _top_k(p):
-    start = [Case("ERM, start", "ERM, start")] if p.budget != p.train else []
-    return [Case("ERM", "ERM", x=0), *start, *(Case(f"k = {k}", "AIM-Fair", settings={"mask.k": k}, x=k) for k in default_ks(p)),
+    return [Case("ERM", "ERM", x=0), *rows(_start(p)), *(Case(f"k = {k}", "AIM-Fair", settings={"mask.k": k}, x=k) for k in default_ks(p)),
             Case("Full fine-tuning", "Full fine-tuning", x=n_tensors(p.model)), Case("k chosen", "AIM-Fair, k chosen")]
 
 
