@@ -380,18 +380,18 @@ def _synthetic_ratio(p):
 EXPERIMENTS = {
     "finetuning_strategies": Experiment("Fine-tuning strategies", _strategies),
     "tradeoff": Experiment("Accuracy against fairness", lambda p: rows(dict.fromkeys((*COMPARISON, *STRATEGIES)))),
-    "celeba_comparison": Experiment("Comparison on CelebA", _celeba_comparison, _no_celeba),
-    "celeba_training_size": Experiment("Comparison with less training data", _training_size),
-    "utkface_comparison": Experiment("Comparison on UTKFace", _utkface_comparison, _no_utkface),
-    "partial_finetuning": Experiment("Partial fine-tuning", _partial),
-    "when_selection_pays": Experiment("When selection pays", _when_selection_pays),
-    "two_starts": Experiment("Two starts", _two_starts),
+    "layer_sensitivity": Experiment("Sensitivity of the layers", lambda p: rows(["ERM", "AIM-Fair"])),
     "prompt_strategies": Experiment("Prompt strategies", _prompt_strategies, _no_styles),
+    "synthetic_gallery": Experiment("Synthetic images", _gallery, _no_styles),
     "ablation_top_k": Experiment("Effect of k", _top_k),
     "ablation_bias_ratio": Experiment("Effect of the bias of D_S1", _bias_ratio),
     "ablation_synthetic_ratio": Experiment("Effect of the amount of synthetic images", _synthetic_ratio),
-    "layer_sensitivity": Experiment("Sensitivity of the layers", lambda p: rows(["ERM", "AIM-Fair"])),
-    "synthetic_gallery": Experiment("Synthetic images", _gallery, _no_styles),
+    "partial_finetuning": Experiment("Partial fine-tuning", _partial),
+    "celeba_comparison": Experiment("Comparison on CelebA", _celeba_comparison, _no_celeba),
+    "celeba_training_size": Experiment("Comparison with less training data", _training_size),
+    "utkface_comparison": Experiment("Comparison on UTKFace", _utkface_comparison, _no_utkface),
+    "two_starts": Experiment("Two starts", _two_starts),
+    "when_selection_pays": Experiment("When selection pays", _when_selection_pays),
 }
 
 
