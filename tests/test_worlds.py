@@ -152,6 +152,28 @@ def test_the_claims_that_are_quoted_are_those_of_the_notebook(repository, tmp_pa
     assert claims.difference.notna().all()
 
 
+def test_a_repetition_counts_with_its_data_set(repository, tmp_path):
+    "Another generator with the same claims adds rows and moves no mean; one with other claims moves it by its share."
+    file = "finetuning_strategies-claims.csv"
+    for name in ("celeba64", "utkface64"):
+        (tmp_path / name).mkdir()
+        shutil.copy(repository / "figures" / name / file, tmp_path / name)
+        shutil.copy(repository / "figures" / name / "finetuning_strategies.csv", tmp_path / name)
+    before = photo_differences(photo_folders(tmp_path))
+    again = tmp_path / "celeba64" / "generator-2"
+    again.mkdir()
+    shutil.copy(tmp_path / "celeba64" / file, again)
+    after = photo_differences(photo_folders(tmp_path))
+    assert after.drop(index=["CelebA, generator 2: ERM", "CelebA, generator 2: full fine-tuning"]).equals(before)
+    assert after.loc["CelebA, generator 2: ERM"].equals(before.loc["CelebA: ERM"].rename("CelebA, generator 2: ERM"))
+    claims = pd.read_csv(again / file, index_col="Claim")
+    claims[["difference", "low", "high"]] += 4
+    claims.to_csv(again / file)
+    first = [float(told.split()[0].replace("−", "-")) for told in before.loc["Mean of 2: ERM"]]
+    moved = [float(told.split()[0].replace("−", "-")) for told in photo_differences(photo_folders(tmp_path)).loc["Mean of 2: ERM"]]
+    assert moved == pytest.approx([value + 1 for value in first], abs=0.11)  # half of half of four
+
+
 def test_results_of_photos_are_quoted_where_they_are(repository, tmp_path):
     "The place in the README stays empty without them, is filled with them, and is emptied again."
     quote = runpy.run_path(str(repository / "nbs/quote_results.py"))["with_quotes"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEW_METHODS', 'BEFORE', 'AFTER', 'PHOTOS', 'World', 'resampled', 'rank_agreement', 'group_runs', 'group_intervals',
-           'plot_before_after', 'mean_difference', 'photo_differences', 'photo_folders', 'write_worlds']
+           'plot_before_after', 'mean_difference', 'repetitions', 'photo_differences', 'photo_folders', 'write_worlds']
 
 # %% ../../nbs/16_report/09_worlds.ipynb #d9b22a68
 from collections.abc import Iterable, Mapping
@@ -213,20 +213,34 @@ def _in_text(claims):
     return {heading: signed_interval(claims[score]) if score in claims else "–" for score, heading in _HEADINGS.items()}
 
 
+def repetitions(
+    folder: Path,  # of a data set's results
+) -> dict[str, Path]:  # {its name: folder}, the data set's own first, as ""
+    "The folders with a table of claims: a data set's, and those in it that repeat the experiment with another generator."
+    some = [folder, *sorted(p for p in folder.glob("*") if p.is_dir())]
+    return {p.name.replace("-", " ") if p != folder else "": p for p in some if (p / "finetuning_strategies-claims.csv").is_file()}
+
+
+def _claimed(folder):
+    "Differences to each rival, {rival: {score: difference, low, high}}, from a table of claims."
+    table = pd.read_csv(folder / "finetuning_strategies-claims.csv", index_col="Claim")[["difference", "low", "high"]]
+    return {rival: {score: table.loc[claim] for score, claim in named.items() if claim in table.index} for rival, named in _CLAIMS.items()}
+
+
 def photo_differences(
     folders: Mapping[str, Path],  # {data set: folder with finetuning_strategies-claims.csv}; those without are left out
 ) -> pd.DataFrame:  # indexed "AIM-Fair less": a row a data set and rival; differences in points with their intervals, as text
-    "AIM-Fair less ERM and less full fine-tuning, on every data set and, where there are several, on average over them."
-    files = {title: file for title, folder in folders.items() if (file := folder / "finetuning_strategies-claims.csv").is_file()}
-    claims = {title: pd.read_csv(file, index_col="Claim") for title, file in files.items()}
-    found = {rival: {title: {score: table.loc[claim] for score, claim in named.items() if claim in table.index}
-                     for title, table in claims.items()} for rival, named in _CLAIMS.items()}
-    rows = {f"{title}: {rival}": _in_text(found[rival][title]) for title in claims for rival in found}
-    if len(claims) > 1:
-        for rival, sets in found.items():
-            common = [score for score in _HEADINGS if all(score in row for row in sets.values())]
-            means = {score: mean_difference(pd.DataFrame([row[score] for row in sets.values()])) for score in common}
-            rows[f"Mean of {len(claims)}: {rival}"] = _in_text(means)
+    """AIM-Fair less ERM and less full fine-tuning, on every data set and, where there are several, on average over them.
+
+    Repetitions in subfolders have rows of their own, and count together as one data set, by the means of their differences and limits."""
+    found = {t: {name: _claimed(p) for name, p in repetitions(folder).items()} for t, folder in folders.items()}
+    found = {title: named for title, named in found.items() if named}
+    rows = {f"{title}{', ' * bool(name)}{name}: {rival}": _in_text(claims[rival])
+            for title, named in found.items() for name, claims in named.items() for rival in _CLAIMS}
+    for rival in _CLAIMS if len(found) > 1 else ():
+        sets = [pd.concat([pd.DataFrame(claims[rival]) for claims in named.values()]).groupby(level=0).mean() for named in found.values()]
+        common = [score for score in _HEADINGS if all(score in row for row in sets)]
+        rows[f"Mean of {len(sets)}: {rival}"] = _in_text({score: mean_difference(pd.DataFrame([row[score] for row in sets])) for score in common})
     return pd.DataFrame.from_dict(rows, orient="index", columns=[*_HEADINGS.values()]).rename_axis("AIM-Fair less")
 
 # %% ../../nbs/16_report/09_worlds.ipynb #851aba85
@@ -263,7 +277,7 @@ _BEFORE_AFTER = ("Accuracy of every group of photos, before (ERM, the biased cla
                  "fine-tuned on synthetic images). Labels are a data set's annotations, not who a person is.")
 _DIFFERENCES = ("Points that AIM-Fair has more (+) or less (−) than the biased classifier and than full fine-tuning on the same synthetic "
                 "images, with 95 % intervals over seeds and test images. The table of claims in the folder of each says on what it rests.")
-_MEANS = " In the mean every data set counts the same."
+_MEANS = " In the mean every data set counts the same, with however many generators it was tried."
 _WORLDS = "How far can the drawn world be trusted about photos? Its order of methods, beside theirs:"
 
 
@@ -294,7 +308,8 @@ def write_worlds(
     if len(told := photo_differences(folders)):
         table = PlainTable(told, caption="AIM-Fair on photos", note=_DIFFERENCES + _MEANS * told.index[-1].startswith("Mean of "))
         files, parts = files + table.write(figures / "photos-differences"), [*parts, _body(table)]
-        parts += ["\n".join(filter(None, (_rests_on(title, folder) for title, folder in folders.items())))]
+        parts += ["\n".join(filter(None, (_rests_on(title + ", " * bool(name) + name, where) for title, folder in folders.items()
+                                          for name, where in repetitions(folder).items())))]
     if table := _agreement_table(figures, folders):
         files, parts = files + table.write(figures / "worlds"), [*parts, _WORLDS, _body(table)]
     return [*files, write_whole(figures / "photos.md", "\n\n".join(filter(None, parts)) + "\n")] if files else []
