@@ -47,12 +47,14 @@ def _draw_curve(ax, mean, spread, metric, places):
     ax.set_title(panel_title(metric, f" ({metric}, %)"), loc="left", fontsize=8.5)
 
 
-def _mark_curve(ax, baseline, name, place):
-    "The baseline's level and the setting in use."
+def _mark_curve(ax, mean, baseline, name, place):
+    "The baseline's level, named at the end that is further from the curve, and the setting in use."
     if baseline is not None and np.isfinite(baseline):
         ax.axhline(baseline, color="#555555", linewidth=1, linestyle=(0, (5, 3)), zorder=1)
-        ax.annotate(name, (1, baseline), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="bottom",
-                    fontsize=7.5, color="#555555")
+        left = abs(mean.iloc[0] - baseline) > abs(mean.iloc[-1] - baseline)
+        end, aside, how = (0, 2, "left") if left else (1, -2, "right")
+        ax.annotate(name, (end, baseline), (aside, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+                    ha=how, va="bottom", fontsize=7.5, color="#555555")
     if place is not None:
         ax.axvline(place, color="#555555", linewidth=1, linestyle=":", zorder=1)
 
@@ -78,7 +80,7 @@ def plot_curve(
         figure = shown_figure(figsize=(COLUMN if len(metrics) == 1 else 2.25 * len(metrics), 2.3))
         for ax, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
             _draw_curve(ax, mean[metric], spread[metric], metric, places)
-            _mark_curve(ax, (baseline or {}).get(metric), baseline_name, marked)
+            _mark_curve(ax, mean[metric], (baseline or {}).get(metric), baseline_name, marked)
             ax.margins(0.06, 0.12)
             if not numeric:
                 ax.set_xticks(places, list(map(str, mean.index)))

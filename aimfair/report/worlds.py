@@ -240,7 +240,8 @@ def photo_differences(
     for rival in _CLAIMS if len(found) > 1 else ():
         sets = [pd.concat([pd.DataFrame(claims[rival]) for claims in named.values()]).groupby(level=0).mean() for named in found.values()]
         common = [score for score in _HEADINGS if all(score in row for row in sets)]
-        rows[f"Mean of {len(sets)}: {rival}"] = _in_text({score: mean_difference(pd.DataFrame([row[score] for row in sets])) for score in common})
+        means = {score: mean_difference(pd.DataFrame([row[score] for row in sets])) for score in common}
+        rows[f"Mean of {len(sets)}: {rival}"] = _in_text(means)
     return pd.DataFrame.from_dict(rows, orient="index", columns=[*_HEADINGS.values()]).rename_axis("AIM-Fair less")
 
 # %% ../../nbs/16_report/09_worlds.ipynb #851aba85
