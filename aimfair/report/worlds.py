@@ -214,11 +214,12 @@ def _in_text(claims):
 
 
 def repetitions(
-    folder: Path,  # of a data set's results
-) -> dict[str, Path]:  # {its name: folder}, the data set's own first, as ""
+    title: str,  # of a data set
+    folder: Path,  # of its results
+) -> dict[str, Path]:  # {title: folder}, the data set's own first
     "The folders with a table of claims: a data set's, and those in it that repeat the experiment with another generator."
-    some = [folder, *sorted(p for p in folder.glob("*") if p.is_dir())]
-    return {p.name.replace("-", " ") if p != folder else "": p for p in some if (p / "finetuning_strategies-claims.csv").is_file()}
+    some = {title: folder} | {f"{title}, {p.name.replace('-', ' ')}": p for p in sorted(folder.glob("*")) if p.is_dir()}
+    return {name: p for name, p in some.items() if (p / "finetuning_strategies-claims.csv").is_file()}
 
 
 def _claimed(folder):
@@ -233,12 +234,11 @@ def photo_differences(
     """AIM-Fair less ERM and less full fine-tuning, on every data set and, where there are several, on average over them.
 
     Repetitions in subfolders have rows of their own, and count together as one data set, by the means of their differences and limits."""
-    found = {t: {name: _claimed(p) for name, p in repetitions(folder).items()} for t, folder in folders.items()}
-    found = {title: named for title, named in found.items() if named}
-    rows = {f"{title}{', ' * bool(name)}{name}: {rival}": _in_text(claims[rival])
-            for title, named in found.items() for name, claims in named.items() for rival in _CLAIMS}
+    found = [{name: _claimed(p) for name, p in repetitions(title, folder).items()} for title, folder in folders.items()]
+    found = [named for named in found if named]
+    rows = {f"{name}: {rival}": _in_text(claims[rival]) for named in found for name, claims in named.items() for rival in _CLAIMS}
     for rival in _CLAIMS if len(found) > 1 else ():
-        sets = [pd.concat([pd.DataFrame(claims[rival]) for claims in named.values()]).groupby(level=0).mean() for named in found.values()]
+        sets = [pd.concat([pd.DataFrame(claims[rival]) for claims in named.values()]).groupby(level=0).mean() for named in found]
         common = [score for score in _HEADINGS if all(score in row for row in sets)]
         means = {score: mean_difference(pd.DataFrame([row[score] for row in sets])) for score in common}
         rows[f"Mean of {len(sets)}: {rival}"] = _in_text(means)
@@ -309,8 +309,8 @@ def write_worlds(
     if len(told := photo_differences(folders)):
         table = PlainTable(told, caption="AIM-Fair on photos", note=_DIFFERENCES + _MEANS * told.index[-1].startswith("Mean of "))
         files, parts = files + table.write(figures / "photos-differences"), [*parts, _body(table)]
-        parts += ["\n".join(filter(None, (_rests_on(title + ", " * bool(name) + name, where) for title, folder in folders.items()
-                                          for name, where in repetitions(folder).items())))]
+        told_by = (_rests_on(*named) for title, folder in folders.items() for named in repetitions(title, folder).items())
+        parts += ["\n".join(filter(None, told_by))]
     if table := _agreement_table(figures, folders):
         files, parts = files + table.write(figures / "worlds"), [*parts, _WORLDS, _body(table)]
     return [*files, write_whole(figures / "photos.md", "\n\n".join(filter(None, parts)) + "\n")] if files else []
