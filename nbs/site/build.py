@@ -121,13 +121,13 @@ def stage_notebooks(source: Path) -> None:
 def stage_figures(source: Path) -> None:
     "The figures that pages link to; a table that a page links to becomes a page of its own, below no heading of the navigation."
     texts = [f.read_text(encoding="utf-8") for f in [*source.rglob("*.ipynb"), *source.rglob("*.md")]]
-    linked = {name for text in texts for name in re.findall(r"figures/((?:\w+/)?[\w.-]+\.(?:png|md|json|csv))\b", text)}
+    linked = {name for text in texts for name in re.findall(r"figures/((?:[\w-]+/)*[\w.-]+\.(?:png|md|json|csv))\b", text)}
     (source / "figures").mkdir(exist_ok=True)
     for name in sorted(linked):
         file = ROOT / "figures" / name
         if not file.is_file():
             continue
-        (source / "figures" / name).parent.mkdir(exist_ok=True)
+        (source / "figures" / name).parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".md"):
             text = f"---\norphan: true\n---\n# Table {name.removesuffix('.md')}\n\n" + file.read_text(encoding="utf-8")
             (source / "figures" / name).write_text(text, encoding="utf-8")
