@@ -137,6 +137,11 @@ def test_known_deviations_give_the_interval_of_a_mean(found):
     assert (row.difference, row.low, row.high) == pytest.approx((value.mean(), value.mean() - half, value.mean() + half))
 
 
+def _points(row):
+    "The differences in a row of text, without their intervals."
+    return [float(told.split()[0].replace("−", "-")) for told in row]
+
+
 def test_the_claims_that_are_quoted_are_those_of_the_notebook(repository, tmp_path):
     "Every cell of the table of differences is found among what the notebook of fine-tuning strategies claims."
     (tmp_path / "celeba64").mkdir()
@@ -147,8 +152,7 @@ def test_the_claims_that_are_quoted_are_those_of_the_notebook(repository, tmp_pa
     assert told.index.tolist() == ["CelebA: ERM", "CelebA: full fine-tuning"] and not (told == "–").to_numpy().any()
     means = pd.read_csv(repository / "figures/finetuning_strategies.csv", index_col="method")
     for row, other in (("CelebA: ERM", "ERM"), ("CelebA: full fine-tuning", "Full fine-tuning")):
-        numbers = [float(text.split()[0].replace("−", "-")) for text in told.loc[row]]
-        assert numbers == pytest.approx([means[s]["AIM-Fair"] - means[s][other] for s in ("ACC", "WST", "EO")], abs=0.06)
+        assert _points(told.loc[row]) == pytest.approx([means[s]["AIM-Fair"] - means[s][other] for s in ("ACC", "WST", "EO")], abs=0.06)
     assert claims.difference.notna().all()
 
 
@@ -169,8 +173,7 @@ def test_a_repetition_counts_with_its_data_set(repository, tmp_path):
     claims = pd.read_csv(again / file, index_col="Claim")
     claims[["difference", "low", "high"]] += 4
     claims.to_csv(again / file)
-    first = [float(told.split()[0].replace("−", "-")) for told in before.loc["Mean of 2: ERM"]]
-    moved = [float(told.split()[0].replace("−", "-")) for told in photo_differences(photo_folders(tmp_path)).loc["Mean of 2: ERM"]]
+    first, moved = (_points(told.loc["Mean of 2: ERM"]) for told in (before, photo_differences(photo_folders(tmp_path))))
     assert moved == pytest.approx([value + 1 for value in first], abs=0.11)  # half of half of four
 
 

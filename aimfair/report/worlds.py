@@ -200,7 +200,8 @@ def mean_difference(
     return pd.Series({"difference": mean, "low": mean - down, "high": mean + up})
 
 # %% ../../nbs/16_report/09_worlds.ipynb #e7ca9652
-_CLAIMS = {  # the rows of the table of claims that compare with a rival
+_TABLE = "finetuning_strategies-claims"  # of claims, without its ending
+_CLAIMS = {  # its rows that compare with a rival
     "ERM": {"ACC": "accuracy at most 1 point below ERM's", "WST": "worst group at least 8 points above ERM's",
             "EO": "equalized odds lower than ERM's by half of them"},
     "full fine-tuning": {"ACC": "better accuracy than full fine-tuning", "WST": "better worst group than full fine-tuning",
@@ -219,12 +220,12 @@ def repetitions(
 ) -> dict[str, Path]:  # {title: folder}, the data set's own first
     "The folders with a table of claims: a data set's, and those in it that repeat the experiment with another generator."
     some = {title: folder} | {f"{title}, {p.name.replace('-', ' ')}": p for p in sorted(folder.glob("*")) if p.is_dir()}
-    return {name: p for name, p in some.items() if (p / "finetuning_strategies-claims.csv").is_file()}
+    return {name: p for name, p in some.items() if (p / f"{_TABLE}.csv").is_file()}
 
 
 def _claimed(folder):
     "Differences to each rival, {rival: {score: difference, low, high}}, from a table of claims."
-    table = pd.read_csv(folder / "finetuning_strategies-claims.csv", index_col="Claim")[["difference", "low", "high"]]
+    table = pd.read_csv(folder / f"{_TABLE}.csv", index_col="Claim")[["difference", "low", "high"]]
     return {rival: {score: table.loc[claim] for score, claim in named.items() if claim in table.index} for rival, named in _CLAIMS.items()}
 
 
@@ -234,8 +235,8 @@ def photo_differences(
     """AIM-Fair less ERM and less full fine-tuning, on every data set and, where there are several, on average over them.
 
     Repetitions in subfolders have rows of their own, and count together as one data set, by the means of their differences and limits."""
-    found = [{name: _claimed(p) for name, p in repetitions(title, folder).items()} for title, folder in folders.items()]
-    found = [named for named in found if named]
+    there = [named for title, folder in folders.items() if (named := repetitions(title, folder))]
+    found = [{name: _claimed(p) for name, p in named.items()} for named in there]
     rows = {f"{name}: {rival}": _in_text(claims[rival]) for named in found for name, claims in named.items() for rival in _CLAIMS}
     for rival in _CLAIMS if len(found) > 1 else ():
         sets = [pd.concat([pd.DataFrame(claims[rival]) for claims in named.values()]).groupby(level=0).mean() for named in found]
@@ -290,7 +291,7 @@ def _body(table):
 
 def _rests_on(title, folder):
     "The line under the table of claims, which says on what a data set's numbers rest."
-    file = folder / "finetuning_strategies-claims.md"
+    file = folder / f"{_TABLE}.md"
     last = file.read_text(encoding="utf-8").strip().splitlines()[-1] if file.is_file() else ""
     return f"- **{title}.** {last}" if last and not last.startswith("|") else ""
 

@@ -122,7 +122,6 @@ def stage_figures(source: Path) -> None:
     "The figures that pages link to; a table that a page links to becomes a page of its own, below no heading of the navigation."
     texts = [f.read_text(encoding="utf-8") for f in [*source.rglob("*.ipynb"), *source.rglob("*.md")]]
     linked = {name for text in texts for name in re.findall(r"figures/((?:[\w-]+/)*[\w.-]+\.(?:png|md|json|csv))\b", text)}
-    (source / "figures").mkdir(exist_ok=True)
     for name in sorted(linked):
         file = ROOT / "figures" / name
         if not file.is_file():
