@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aimfair.data import Faces, biased_split, group_counts, load_faces, utkface
-from aimfair.experiments import run
+from aimfair.experiments import EXPERIMENTS, run
 from aimfair.groups import group_sizes
 from aimfair.metrics import fairness_report
 from aimfair.report import GroupTable, per_seed, summarize
@@ -59,10 +59,13 @@ def test_fairface64_at_tiny_size(settings, generator, fewest, real_data, tmp_pat
     assert [name for name, _ in table.rows()][:2] == ["Female, Black", "Female, East Asian"] and "Latino_Hispanic" in repr(done.names)
 
 
-@pytest.mark.parametrize("name, settings", [
-    ("celeba64", {"data.root": "celeba-10k", "synthetic.root": "celeba-6k"}), ("utkface64", {"data.root": "utkface-dev"}),
-    ("fairface64", {"data.root": "fairface-27k"})])
-def test_profiles_of_real_faces_have_the_images_they_ask_for(real_data, tmp_path, name, settings):
+@pytest.mark.parametrize("name, settings, lacking", [
+    ("celeba64", {"data.root": "celeba-10k", "synthetic.root": "celeba-6k"},  # photos stand in: no prompts, and no generator to edit with
+     {"prompt_strategies", "synthetic_gallery", "utkface_comparison", "tradeoff: DiGA-style", "celeba_comparison: DiGA-style",
+      "celeba_training_size: DiGA-style"}),
+    ("utkface64", {"data.root": "utkface-dev"}, {"celeba_comparison"}),
+    ("fairface64", {"data.root": "fairface-27k"}, {"celeba_comparison", "utkface_comparison"})])
+def test_profiles_of_real_faces_have_the_images_they_ask_for(real_data, tmp_path, name, settings, lacking):
     plan, left_out = make_plan(name, settings={k: str(real_data / v) for k, v in settings.items()}, store=tmp_path)
-    assert not plan.impossible and len(plan.cases) == {"celeba64": 10, "utkface64": 12, "fairface64": 11}[name] and plan.missing
+    assert set(left_out) == lacking and set(plan.cases) == set(EXPERIMENTS) - lacking and not plan.impossible and plan.missing
     assert plan.profile.run.tune and plan.profile.budget.steps and plan.profile.synthetic.held_out
