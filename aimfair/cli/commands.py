@@ -232,7 +232,8 @@ def debias(
     std: Annotated[str | None, option("R,G,B", "with --mean", parser=_channels)] = None,
     seed: Seed = 0,
     device: Device = None,
-    freeze_batchnorm: Annotated[bool, typer.Option("--freeze-batchnorm", help="keep running statistics as they are")] = False,
+    freeze_batchnorm: Annotated[bool, typer.Option("--freeze-batchnorm", help="keep running statistics as they are; on photos the first "
+                                                                          "thing to try")] = False,
     average: Annotated[float | None, option("X", "share of the new weights in an average with your model's; by default no average", min=0,
                                             max=1)] = None,
     mix: Annotated[float | None, option("X", "share of your images in every mini-batch; by default none", min=0, max=1)] = None,
