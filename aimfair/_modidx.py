@@ -206,7 +206,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'aimfair.cli.shell._report': ('21_cli/shell.html#_report', 'aimfair/cli/shell.py'),
                                    'aimfair.cli.shell._run': ('21_cli/shell.html#_run', 'aimfair/cli/shell.py'),
                                    'aimfair.cli.shell._show_version': ('21_cli/shell.html#_show_version', 'aimfair/cli/shell.py'),
-                                   'aimfair.cli.shell._warning_line': ('21_cli/shell.html#_warning_line', 'aimfair/cli/shell.py'),
+                                   'aimfair.cli.shell._warning_lines': ('21_cli/shell.html#_warning_lines', 'aimfair/cli/shell.py'),
                                    'aimfair.cli.shell.any_terminal': ('21_cli/shell.html#any_terminal', 'aimfair/cli/shell.py'),
                                    'aimfair.cli.shell.choose': ('21_cli/shell.html#choose', 'aimfair/cli/shell.py'),
                                    'aimfair.cli.shell.main': ('21_cli/shell.html#main', 'aimfair/cli/shell.py'),

@@ -387,7 +387,8 @@ def test_an_invalid_setting_names_the_choices(monkeypatch, capsys):
 
 def test_warnings_are_one_line(monkeypatch, capsys):
     def reproduce(*args, **options):
-        warnings.warn("2 images\nleft out", UserWarning, stacklevel=1)
+        for text in ("2 images\nleft out", "2 images\nleft out", "3 images"):  # data are read by the plan, and again by a table
+            warnings.warn(text, UserWarning, stacklevel=1)
         return types.SimpleNamespace(failed={}, left_out={}, files=[], report=None, plan=types.SimpleNamespace(cases={}))
 
     stand_in(monkeypatch, "experiments", reproduce=reproduce)
@@ -396,7 +397,8 @@ def test_warnings_are_one_line(monkeypatch, capsys):
         warnings.simplefilter("always")
         warnings.showwarning = lambda *what: sys.stderr.write(warnings.formatwarning(*what[:4]))
         assert main(["reproduce"]) == 0
-    assert capsys.readouterr().err == "aimfair: warning: 2 images left out\n" and warnings.formatwarning is before
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["aimfair: warning: 2 images left out", "aimfair: warning: 3 images"] and warnings.formatwarning is before
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")

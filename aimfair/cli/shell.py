@@ -79,8 +79,16 @@ def _run(arguments):
     return 0
 
 
-def _warning_line(message, category, *where, **more):
-    return f"aimfair: warning: {as_line(message, 2000)}\n"
+def _warning_lines():
+    "Warnings, each as a line, and none twice: what is read anew is warned of anew."
+    said = set()
+
+    def line(message, category, *where, **more):
+        new = {f"aimfair: warning: {as_line(message, 2000)}\n"} - said
+        said.update(new)
+        return "".join(new)
+
+    return line
 
 
 def _report(error, debug):
@@ -135,7 +143,7 @@ def main(
 ) -> int:  # exit code: 0 fine, 1 failed, 2 a wrong call, 130 interrupted
     "The `aimfair` command. Errors are told in a line, with their traceback before it if asked for; faults of the program are raised."
     words = list(sys.argv[1:] if arguments is None else arguments)
-    usual, warnings.formatwarning = warnings.formatwarning, _warning_line
+    usual, warnings.formatwarning = warnings.formatwarning, _warning_lines()
     try:
         with any_terminal():
             return _checked(words)
