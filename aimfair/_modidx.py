@@ -918,6 +918,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'aimfair.forks': { 'aimfair.forks.Forks': ('forks.html#forks', 'aimfair/forks.py'),
                                'aimfair.forks._Fork': ('forks.html#_fork', 'aimfair/forks.py'),
                                'aimfair.forks._Fork._Popen': ('forks.html#_fork._popen', 'aimfair/forks.py'),
+                               'aimfair.forks._fork': ('forks.html#_fork', 'aimfair/forks.py'),
                                'aimfair.forks._undisturbed': ('forks.html#_undisturbed', 'aimfair/forks.py'),
                                'aimfair.forks._without_script': ('forks.html#_without_script', 'aimfair/forks.py'),
                                'aimfair.forks.end_with_parent': ('forks.html#end_with_parent', 'aimfair/forks.py'),

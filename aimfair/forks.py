@@ -14,13 +14,18 @@ import pickle
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import pairwise
+from multiprocessing import resource_tracker, util
 from types import ModuleType
 
 # %% ../nbs/01b_forks.ipynb #e916a975
 FORKS = sys.platform == "linux"
+if FORKS:
+    from multiprocessing import forkserver
 PRELOADED = ("aimfair.experiments", "torchvision", "torch._dynamo")  # every optimizer's first step brings in the last
 
 # %% ../nbs/01b_forks.ipynb #5800de69
@@ -49,13 +54,41 @@ def _undisturbed() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 # %% ../nbs/01b_forks.ipynb #cc32e19c
-def prepare() -> None:
+def _fork(program, words, kept):
+    "In place of `multiprocessing.util.spawnv_passfds`: a fork of this process does what a new Python was to do."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # linear algebra has threads, which wait, and outlive a fork
+        if process := os.fork():
+            return process
+    try:
+        for before, after in pairwise([2, *sorted(kept), os.sysconf("SC_OPEN_MAX")]):
+            os.closerange(before + 1, after)
+        forkserver._forkserver.__init__()  # in the midst of its work, and locked
+        resource_tracker._resource_tracker.__init__()
+        exec(words[-1], {})
+    except SystemExit:
+        pass  # nobody needs it any longer
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def prepare(
+    here: bool = False,  # the server is a fork of this process, if that has no other thread of Python
+) -> None:
     "Let the server begin with its imports, so that the first process need not wait for them all."
     if FORKS:
-        from multiprocessing import forkserver
         with _undisturbed():
             forkserver.set_forkserver_preload(list(PRELOADED))
-            forkserver.ensure_running()
+            usual = util.spawnv_passfds
+            if here and threading.active_count() == 1:
+                resource_tracker.ensure_running()
+                util.spawnv_passfds = _fork
+            try:
+                forkserver.ensure_running()
+            finally:
+                util.spawnv_passfds = usual
 
 # %% ../nbs/01b_forks.ipynb #ab890533
 _Process, _Context = (contexts.ForkServerProcess, contexts.ForkServerContext) if FORKS else (contexts.SpawnProcess, contexts.SpawnContext)

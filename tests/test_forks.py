@@ -112,3 +112,53 @@ if __name__ == "__main__":
 def test_a_notebook_with_a_progress_bar_leaves_nothing_behind(tmp_path):
     ran = subprocess.run([sys.executable, "-c", BAR], cwd=tmp_path, capture_output=True, text=True)
     assert ran.stdout == "None\n['6\\n']\n" and "leaked" not in ran.stderr, (ran.stdout, ran.stderr)
+
+
+HERE = """
+import sys
+from aimfair import experiments
+from aimfair.forks import Forks, prepare
+from {tests} import memory, nested
+
+if {thread}:
+    import threading
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+prepare(here={here})
+of, to = Forks().Pipe(duplex=False)
+for ask in (memory, nested):
+    fork = Forks().Process(target=ask, args=(to,))
+    fork.start()
+    print(*of.recv(), flush=True)
+    fork.join()
+memory(to)
+print(*of.recv(), flush=True)
+sys.stdin.readline()
+"""
+
+
+def nested(end):
+    "What a fork of a fork has to tell."
+    of, to = Forks().Pipe(duplex=False)
+    fork = Forks().Process(target=to.send, args=(("of a fork",),))
+    fork.start()
+    end.send(of.recv())
+    fork.join()
+
+
+@linux
+@pytest.mark.parametrize("here, thread", [(False, False), (True, False), (True, True)], ids=["anew", "here", "threaded"])
+def test_a_server_that_is_a_fork_shares_what_the_program_has_imported(here, thread):
+    code = HERE.format(here=here, thread=thread, tests=__name__)
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)}) as program:
+        try:
+            _, alone, imported = program.stdout.readline().split()
+            assert program.stdout.readline() == "of a fork\n"
+            has, own, _ = map(float, program.stdout.readline().replace("True", "1").split())
+            others = psutil.Process(program.pid).children(recursive=True)
+            assert imported == "True" and float(alone) < has / 4 and len(others) == 2  # the server, and who keeps track of what is shared
+            assert (own < has / 4) == (here and not thread), (own, has)
+            program.kill()
+            assert not psutil.wait_procs(others, 30)[1]
+        finally:
+            program.kill()

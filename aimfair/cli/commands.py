@@ -117,10 +117,10 @@ def reproduce(
     """
     which = {"only": only or None, "seeds": seeds, "settings": parse_settings(settings)}
     choose("aggregation", aggregation, ["mean", "published"])
+    from aimfair import experiments
     if not plan:
         from aimfair.forks import prepare
-        prepare()  # beside the imports of this process
-    from aimfair import experiments
+        prepare(here=True)  # before anything is computed
     if plan:
         told, left_out = experiments.make_plan(profile, **which, store=store or "runs")
         failed, logs = {}, []
@@ -232,8 +232,7 @@ def debias(
     std: Annotated[str | None, option("R,G,B", "with --mean", parser=_channels)] = None,
     seed: Seed = 0,
     device: Device = None,
-    freeze_batchnorm: Annotated[bool, typer.Option("--freeze-batchnorm", help="keep running statistics as they are; on photos the first "
-                                                                          "thing to try")] = False,
+    freeze_batchnorm: Annotated[bool, typer.Option("--freeze-batchnorm", help="keep running statistics; on photos try it first")] = False,
     average: Annotated[float | None, option("X", "share of the new weights in an average with your model's; by default no average", min=0,
                                             max=1)] = None,
     mix: Annotated[float | None, option("X", "share of your images in every mini-batch; by default none", min=0, max=1)] = None,
