@@ -162,3 +162,12 @@ def test_a_server_that_is_a_fork_shares_what_the_program_has_imported(here, thre
             assert not psutil.wait_procs(others, 30)[1]
         finally:
             program.kill()
+
+
+def test_what_is_imported_before_a_fork_asks_for_no_gpu():
+    "A process that has used CUDA leaves its forks without."
+    code = ("import torch\ndef no(*_): raise RuntimeError('a GPU was asked for')\n"
+            "torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = torch.cuda._lazy_init = no\n"
+            "from importlib import import_module\nfrom aimfair.forks import PRELOADED\n"
+            "for name in ('aimfair.cli.commands', *PRELOADED):\n    import_module(name)")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
