@@ -73,7 +73,7 @@ def _fork(program, words, kept):
     finally:
         os._exit(0)
 
-
+# %% ../nbs/01b_forks.ipynb #7f6dde06
 def prepare(
     here: bool = False,  # the server is a fork of this process, if that has no other thread of Python
 ) -> None:

@@ -78,7 +78,7 @@ def _run(arguments):
         return stop.exit_code
     return 0
 
-
+# %% ../../nbs/21_cli/02_shell.ipynb #d95aad8c
 def _warning_lines():
     "Warnings, each as a line, and none twice: what is read anew is warned of anew."
     said = set()
