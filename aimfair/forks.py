@@ -83,7 +83,7 @@ def prepare(
             forkserver.set_forkserver_preload(list(PRELOADED))
             usual = util.spawnv_passfds
             if here and threading.active_count() == 1:
-                resource_tracker.ensure_running()
+                resource_tracker.ensure_running()  # first, as it is no fork
                 util.spawnv_passfds = _fork
             try:
                 forkserver.ensure_running()

@@ -118,13 +118,12 @@ def reproduce(
     which = {"only": only or None, "seeds": seeds, "settings": parse_settings(settings)}
     choose("aggregation", aggregation, ["mean", "published"])
     from aimfair import experiments
-    if not plan:
-        from aimfair.forks import prepare
-        prepare(here=True)  # before anything is computed
     if plan:
         told, left_out = experiments.make_plan(profile, **which, store=store or "runs")
         failed, logs = {}, []
     else:
+        from aimfair.forks import prepare
+        prepare(here=True)  # before anything is computed
         done = experiments.reproduce(profile, **which, out=out, store=store, aggregation=aggregation, workers=workers,
                                      on=on, shareable=shareable)
         told = f"{len(done.files)} files of {len(done.plan.cases)} experiments; report: {done.report}"

@@ -84,9 +84,11 @@ def _warning_lines():
     said = set()
 
     def line(message, category, *where, **more):
-        new = {f"aimfair: warning: {as_line(message, 2000)}\n"} - said
-        said.update(new)
-        return "".join(new)
+        text = f"aimfair: warning: {as_line(message, 2000)}\n"
+        if text in said:
+            return ""
+        said.add(text)
+        return text
 
     return line
 
